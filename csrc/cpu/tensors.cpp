@@ -1,0 +1,89 @@
+#include "tensors.h"
+
+#include <algorithm>
+
+namespace gatedkernels {
+
+Plan::Plan(const Tensor& mask) : samples(mask.size(0)), channels(mask.size(1)) {
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "masks are bool");
+  const Tensor packed = row_major(mask);
+  const bool* from = packed.const_data_ptr<bool>();
+  own_index.resize(samples * channels);
+  own_count.resize(samples);
+  for (int64_t n = 0; n < samples; ++n, from += channels) {
+    int32_t* list = own_index.data() + n * channels;
+    int32_t active = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      list[active] = static_cast<int32_t>(c);
+      active += from[c];
+    }
+    own_count[n] = active;
+  }
+  index = own_index.data();
+  count = own_count.data();
+}
+
+Plan::Plan(const Tensor& given_index, const Tensor& given_count, int64_t samples_, int64_t channels_)
+    : samples(samples_), channels(channels_) {
+  const Tensor i = row_major(given_index), c = row_major(given_count);
+  own_index.assign(i.const_data_ptr<int32_t>(), i.const_data_ptr<int32_t>() + i.numel());
+  own_count.assign(c.const_data_ptr<int32_t>(), c.const_data_ptr<int32_t>() + c.numel());
+  index = own_index.data();
+  count = own_count.data();
+  for (int64_t n = 0; n < samples; ++n) {
+    STD_TORCH_CHECK(0 <= count[n] && count[n] <= channels, "count must lie between 0 and the number of channels");
+    STD_TORCH_CHECK(std::all_of(list(n), list(n) + count[n], [&](int32_t at) { return 0 <= at && at < channels; }),
+                    "index must name channels");
+  }
+}
+
+Geometry geometry(const Tensor& x, int64_t taps, int64_t stride) {
+  Geometry g;
+  g.H = static_cast<int>(x.size(2));
+  g.W = static_cast<int>(x.size(3));
+  g.S = static_cast<int>(taps);
+  g.stride = static_cast<int>(stride);
+  g.OH = (g.H - 1) / g.stride + 1;
+  g.OW = (g.W - 1) / g.stride + 1;
+  return g;
+}
+
+Tensor weight_rows(const Tensor& weight) { return channels_last(weight); }
+
+Tensor weight_blocks(const Tensor& weight) {
+  const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), taps = S * weight.size(3);
+  const int64_t blocks = ceil_div(K, kBlock);
+  Tensor packed = empty({blocks, C, S, weight.size(3), kBlock});
+  const float* from = floats(weight);
+  float* to = packed.mutable_data_ptr<float>();
+  const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
+  torch::stable::parallel_for(0, blocks * C, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / C * kBlock, c = i % C, valid = std::min<int64_t>(kBlock, K - first);
+      float* row = to + i * taps * kBlock;
+      for (int64_t l = 0; l < kBlock; ++l) {
+        const float* filter = from + (first + l) * sk + c * sc;
+        for (int64_t t = 0; t < taps; ++t) row[t * kBlock + l] = l < valid ? filter[t / S * sr + t % S * ss] : 0.0f;
+      }
+    }
+  });
+  return packed;
+}
+
+InConv in_conv(const Tensor& x, const Geometry& size, const float* blocks, const float* bias, int64_t out_channels,
+               bool gathered, bool relu) {
+  InConv conv;
+  conv.size = size;
+  conv.C = static_cast<int>(x.size(1));
+  conv.K = static_cast<int>(out_channels);
+  conv.weight = blocks;
+  conv.bias = bias;
+  conv.channel_step = x.stride(1);
+  conv.row_step = x.stride(2);
+  conv.pixel_step = x.stride(3);
+  conv.gathered = gathered;
+  conv.relu = relu;
+  return conv;
+}
+
+}  // namespace gatedkernels

@@ -1,0 +1,75 @@
+// What the operations of the CPU library share: tensors in and out, threads, plans as plain lists.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/schedule.h"
+
+namespace gatedkernels {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+
+inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype = ScalarType::Float,
+                    MemoryFormat format = MemoryFormat::Contiguous) {
+  return torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt, format);
+}
+
+inline const float* floats(const Tensor& t) { return t.const_data_ptr<float>(); }
+inline const float* floats(const MaybeTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+inline Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline MaybeTensor row_major(const MaybeTensor& t) { return t ? MaybeTensor(row_major(*t)) : t; }
+inline Tensor channels_last(const Tensor& t) { return torch::stable::contiguous(t, MemoryFormat::ChannelsLast); }
+
+inline void check_float(const Tensor& t, int64_t dims) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == dims && t.is_cpu(),
+                  "the CPU kernels take float32 tensors on the CPU");
+}
+
+// Work of about 10 microseconds: long against the queue, short against the end of a region where a thread has no more.
+constexpr double kItemOperations = 1e6;
+
+inline int64_t threads() { return torch::stable::get_num_threads(); }
+
+template <class Item>
+void in_order(int64_t total, const Item& item) {
+  auto parallel = [](int64_t begin, int64_t end, int64_t grain, const auto& body) {
+    torch::stable::parallel_for(begin, end, grain, body);
+  };
+  run_in_order(total, threads(), parallel, item);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The active channels of every sample, and how many they are.
+struct Plan {
+  int64_t samples, channels;
+  std::vector<int32_t> own_index, own_count;
+  const int32_t *index, *count;
+
+  explicit Plan(const Tensor& mask);                                            // bool (N, C)
+  Plan(const Tensor& index, const Tensor& count, int64_t samples, int64_t channels);  // as `plan` returns them
+
+  const int32_t* list(int64_t sample) const { return index + sample * channels; }
+};
+
+Geometry geometry(const Tensor& x, int64_t taps, int64_t stride);
+
+// Weights in the two layouts of kernels.h, made from (K, C, S, S) of any strides.
+Tensor weight_rows(const Tensor& weight);    // (K, S, S, C): the tensor itself, channels-last
+Tensor weight_blocks(const Tensor& weight);  // (K / kBlock, C, S, S, kBlock)
+
+InConv in_conv(const Tensor& x, const Geometry& size, const float* blocks, const float* bias, int64_t out_channels,
+               bool gathered, bool relu);
+
+}  // namespace gatedkernels

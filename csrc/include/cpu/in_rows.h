@@ -1,0 +1,190 @@
+// The in-gated kernel: lanes run along the output channels and every input value is broadcast, so an active input
+// channel is nothing but a pointer to its values and one to its weights.
+// L lanes; a tile is R rows of P pixels times two vectors of output channels.
+#pragma once
+
+#include "cpu/rows.h"
+
+namespace gatedkernels {
+
+template <int L>
+struct InRows {
+  static constexpr int kMostPixels = L == 16 ? 9 : 6;
+  static constexpr int kVectors = 2;
+  static constexpr int kAhead = 6;  // gathered weight rows start a new stream each: fetch this many ahead
+
+  template <int R, int P>
+  struct Sums {
+    Vector<L> at[R][P][kVectors];
+  };
+
+  // One tap of the window for the pixels [From, To) of the rows that are inside the image.
+  template <int R, int P, int From, int To, bool Upper, bool Lower>
+  static GK_INLINE void tap(Sums<R, P>& sum, const float* x, int64_t step, int64_t line, const float* weight) {
+    Vector<L> w[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      w[v] = load<L>(weight + v * L);
+      pin<L>(w[v]);
+    }
+#pragma GCC unroll 2
+    for (int i = Upper ? 0 : 1; i < (Lower ? 2 : 1); ++i) {
+#pragma GCC unroll 16
+      for (int p = From; p < To; ++p) {
+        Vector<L> value = broadcast<L>(x[i * line + p * step]);
+        pin<L>(value);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum.at[i][p][v] += value * w[v];
+      }
+    }
+  }
+
+  template <int S, int R, int P, bool Upper, bool Lower>
+  static GK_INLINE void taps(Sums<R, P>& sum, const float* x, int64_t pixel_step, int64_t step, int64_t line,
+                             const float* weight, bool left, bool right) {
+    if constexpr (S == 1) {
+      tap<R, P, 0, P, Upper, Lower>(sum, x, step, line, weight);
+    } else {
+      if (left) {
+        tap<R, P, 1, P, Upper, Lower>(sum, x, step, line, weight);
+      } else {
+        tap<R, P, 0, P, Upper, Lower>(sum, x, step, line, weight);
+      }
+      tap<R, P, 0, P, Upper, Lower>(sum, x + pixel_step, step, line, weight + kBlock);
+      if (right) {
+        tap<R, P, 0, P - 1, Upper, Lower>(sum, x + 2 * pixel_step, step, line, weight + 2 * kBlock);
+      } else {
+        tap<R, P, 0, P, Upper, Lower>(sum, x + 2 * pixel_step, step, line, weight + 2 * kBlock);
+      }
+    }
+  }
+
+  // Unit: neighbouring output pixels read neighbouring floats.
+  template <int S, bool Unit, int R, int P>
+  static void tile(const InConv& conv, const float* x, const int32_t* channels, int count, int lane, int row, int pixel,
+                   bool prefetch, const float* residual, float* y) {
+    const Geometry& g = conv.size;
+    constexpr int kRow = S * S * kBlock;
+    const float* weight = conv.weight + int64_t{lane / kBlock} * conv.C * kRow + lane % kBlock;
+    const int64_t pixel_step = Unit ? 1 : conv.pixel_step, line = conv.row_step;
+    const int64_t step = Unit ? 1 : pixel_step * g.stride;
+    const float* corner = x + input_row(g, row, 0) * line + (int64_t{pixel} * g.stride - S / 2) * pixel_step;
+    const bool left = reads_left(g, pixel), right = reads_right(g, pixel + P - 1);
+    const int valid = conv.K - lane;  // output channels from here on
+
+    Sums<R, P> sum;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const int rest = valid - v * L;
+      Vector<L> bias = {};
+      if (conv.bias && rest > 0) {
+        bias = rest >= L ? load<L>(conv.bias + lane + v * L) : load_first<L>(conv.bias + lane + v * L, rest);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) sum.at[i][p][v] = bias;
+      }
+    }
+
+    bool upper[S], lower[S];
+    for (int r = 0; r < S; ++r) {
+      upper[r] = inside(g, input_row(g, row, r));
+      lower[r] = R == 2 && inside(g, input_row(g, row + 1, r));
+    }
+    for (int j = 0; j < count; ++j) {
+      const int channel = channels ? channels[j] : j;
+      const float* in = corner + (conv.gathered ? channel : j) * conv.channel_step;
+      const float* w = weight + channel * int64_t{kRow};
+      if (prefetch) {
+        const int ahead = j + kAhead < count ? j + kAhead : count - 1;
+        const float* next = weight + (channels ? channels[ahead] : ahead) * int64_t{kRow};
+        for (int cache_line = 0; cache_line < kRow; cache_line += 16) __builtin_prefetch(next + cache_line);
+      }
+      for (int r = 0; r < S; ++r, in += line, w += S * kBlock) {
+        if constexpr (R == 1) {
+          if (upper[r]) taps<S, R, P, true, false>(sum, in, pixel_step, step, line, w, left, right);
+        } else if (upper[r] && lower[r]) {
+          taps<S, R, P, true, true>(sum, in, pixel_step, step, line * g.stride, w, left, right);
+        } else if (upper[r]) {
+          taps<S, R, P, true, false>(sum, in, pixel_step, step, line * g.stride, w, left, right);
+        } else if (lower[r]) {
+          taps<S, R, P, false, true>(sum, in, pixel_step, step, line * g.stride, w, left, right);
+        }
+      }
+    }
+
+#pragma GCC unroll 2
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) {
+        const int64_t at = (int64_t{row + i} * g.OW + pixel + p) * conv.K + lane;
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          const int rest = valid - v * L;
+          if (rest <= 0) continue;
+          Vector<L> out = sum.at[i][p][v];
+          if (residual) {
+            const float* from = residual + at + v * L;
+            out += rest >= L ? load<L>(from) : load_first<L>(from, rest);
+          }
+          if (conv.relu) out = at_least_zero<L>(out);
+          if (rest >= L) {
+            store<L>(y + at + v * L, out);
+          } else {
+            store_first<L>(y + at + v * L, out, rest);
+          }
+        }
+      }
+    }
+  }
+
+  using Tile = void (*)(const InConv&, const float*, const int32_t*, int, int, int, int, bool, const float*, float*);
+
+  template <int S, bool Unit, int R, int Most>
+  static constexpr std::array<Tile, Most> table() {
+    return []<int... P>(std::integer_sequence<int, P...>) {
+      return std::array<Tile, Most>{tile<S, Unit, R, P + 1>...};
+    }(std::make_integer_sequence<int, Most>{});
+  }
+
+  template <int S, bool Unit, int R, int Most>
+  static void walk(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int row, int end,
+                   const float* residual, float* y) {
+    static constexpr auto kTiles = table<S, Unit, R, Most>();
+    const RowCut cut(conv.size.OW, Most);
+    for (int lane = block * kBlock; lane < block * kBlock + kBlock && lane < conv.K; lane += kVectors * L) {
+      bool cold = true;
+      for (int oy = row; oy + R <= end; oy += R) {
+        int pixel = 0;
+        for (int i = 0; i < cut.tiles; ++i) {
+          const int width = cut.size + (i < cut.larger ? 1 : 0);
+          kTiles[width - 1](conv, x, channels, count, lane, oy, pixel, cold, residual, y);
+          pixel += width;
+          cold = false;
+        }
+      }
+    }
+  }
+
+  template <int S, bool Unit>
+  static void rows(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int row, int end,
+                   const float* residual, float* y) {
+    constexpr int kNarrow = L == 16 ? 6 : 3;  // images this narrow fill a tile with two rows
+    int paired = row;
+    if (conv.size.OW <= kNarrow) {
+      paired = row + (end - row) / 2 * 2;
+      walk<S, Unit, 2, kNarrow>(conv, x, channels, count, block, row, paired, residual, y);
+    }
+    if (paired < end) walk<S, Unit, 1, kMostPixels>(conv, x, channels, count, block, paired, end, residual, y);
+  }
+
+  static void run(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int row, int end,
+                  const float* residual, float* y) {
+    const bool unit = conv.pixel_step == 1 && conv.size.stride == 1;
+    auto* chosen = conv.size.S == 1 ? rows<1, false> : unit ? rows<3, true> : rows<3, false>;
+    chosen(conv, x, channels, count, block, row, end, residual, y);
+  }
+};
+
+}  // namespace gatedkernels

@@ -1,0 +1,171 @@
+// The out-gated kernel: lanes run along the input channels, so an active output channel is nothing but a pointer.
+// L lanes; a tile is R rows of P pixels times T output channels, all partial sums over the lanes in registers.
+#pragma once
+
+#include "cpu/rows.h"
+
+namespace gatedkernels {
+
+template <int L>
+struct OutRows {
+  static constexpr int kMostPixels = L == 16 ? 8 : 4;
+
+  // Output channels in a tile of this many pixels.
+  static constexpr int channels_for(int pixels) {
+    const int fit = kAccumulators<L> / pixels;
+    return fit < 4 ? fit : 4;
+  }
+
+  template <int R, int P, int T>
+  struct Sums {
+    Vector<L> at[R][P][T];
+  };
+
+  // One tap of the window for the pixels [From, To) of the rows that are inside the image.
+  template <int R, int P, int T, int From, int To, bool Upper, bool Lower>
+  static GK_INLINE void tap(Sums<R, P, T>& sum, const OutConv& conv, const float* x, int64_t step, int64_t line,
+                            const float* const* weight, int64_t offset) {
+    const float* ws[T];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) ws[t] = weight[t] + offset;
+    auto accumulate = [&](auto read) __attribute__((always_inline)) {
+      Vector<L> w[T];
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        w[t] = read(ws[t]);
+        pin<L>(w[t]);
+      }
+#pragma GCC unroll 2
+      for (int i = Upper ? 0 : 1; i < (Lower ? 2 : 1); ++i) {
+#pragma GCC unroll 8
+        for (int p = From; p < To; ++p) {
+          Vector<L> v = read(x + i * line + p * step);
+          pin<L>(v);
+#pragma GCC unroll 4
+          for (int t = 0; t < T; ++t) sum.at[i][p][t] += v * w[t];
+        }
+      }
+    };
+    int c = 0;
+    for (; c + L <= conv.C; c += L) {
+      accumulate([c](const float* from) __attribute__((always_inline)) { return load<L>(from + c); });
+    }
+    if (c < conv.C) {
+      const int rest = conv.C - c;
+      accumulate([c, rest](const float* from) __attribute__((always_inline)) {
+        return load_first<L>(from + c, rest);
+      });
+    }
+  }
+
+  template <int R, int P, int T, bool Upper, bool Lower>
+  static GK_INLINE void taps(Sums<R, P, T>& sum, const OutConv& conv, const float* x, int64_t step, int64_t line,
+                             const float* const* weight, int64_t offset, bool left, bool right) {
+    const int S = conv.size.S;
+    for (int s = 0; s < S; ++s, x += conv.C, offset += conv.C) {
+      if (left && s == 0) {
+        tap<R, P, T, 1, P, Upper, Lower>(sum, conv, x, step, line, weight, offset);
+      } else if (right && s == S - 1) {
+        tap<R, P, T, 0, P - 1, Upper, Lower>(sum, conv, x, step, line, weight, offset);
+      } else {
+        tap<R, P, T, 0, P, Upper, Lower>(sum, conv, x, step, line, weight, offset);
+      }
+    }
+  }
+
+  template <int R, int P, int T>
+  static void tile(const OutConv& conv, const float* x, const int32_t* channels, int row, int pixel, float* planes) {
+    const Geometry& g = conv.size;
+    const int S = g.S;
+    const int64_t filter = int64_t{S} * S * conv.C;
+    const int64_t step = int64_t{g.stride} * conv.C, line = int64_t{g.W} * conv.C;
+    const bool left = reads_left(g, pixel), right = reads_right(g, pixel + P - 1);
+    const float* weight[T];
+    for (int t = 0; t < T; ++t) weight[t] = conv.weight + channels[t] * filter;
+    Sums<R, P, T> sum = {};
+    for (int r = 0; r < S; ++r) {
+      const int first = input_row(g, row, r);
+      const float* in = x + first * line + (int64_t{pixel} * g.stride - S / 2) * conv.C;
+      const int64_t offset = int64_t{r} * S * conv.C;
+      const bool upper = inside(g, first), lower = R == 2 && inside(g, first + g.stride);
+      if constexpr (R == 1) {
+        if (upper) taps<R, P, T, true, false>(sum, conv, in, step, line, weight, offset, left, right);
+      } else if (upper && lower) {
+        taps<R, P, T, true, true>(sum, conv, in, step, line * g.stride, weight, offset, left, right);
+      } else if (upper) {
+        taps<R, P, T, true, false>(sum, conv, in, step, line * g.stride, weight, offset, left, right);
+      } else if (lower) {
+        taps<R, P, T, false, true>(sum, conv, in, step, line * g.stride, weight, offset, left, right);
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+      for (int i = 0; i < R; ++i) {
+        float* to = planes + t * conv.plane + int64_t{row + i} * g.OW + pixel;
+#pragma GCC unroll 2
+        for (int p = 0; p < P; p += 4) {
+          constexpr int last = P - 1;
+          Quad y = sums<L>(sum.at[i][p][t], sum.at[i][p + 1 < P ? p + 1 : last][t],
+                           sum.at[i][p + 2 < P ? p + 2 : last][t], sum.at[i][p + 3 < P ? p + 3 : last][t]);
+          if (conv.bias) y += broadcast<4>(conv.bias[channels[t]]);
+          if (conv.relu) y = at_least_zero<4>(y);
+          if (P - p >= 4) {
+            store<4>(to + p, y);
+          } else {
+            store_first<4>(to + p, y, P - p);
+          }
+        }
+      }
+    }
+  }
+
+  using Tile = void (*)(const OutConv&, const float*, const int32_t*, int, int, float*);
+  using ByChannels = std::array<Tile, 4>;
+
+  template <int R, int P>
+  static constexpr ByChannels by_channels() {
+    return []<int... T>(std::integer_sequence<int, T...>) {
+      return ByChannels{tile<R, P, T + 1>...};
+    }(std::make_integer_sequence<int, channels_for(R * P)>{});
+  }
+
+  template <int R, int Most>
+  static constexpr std::array<ByChannels, Most> table() {
+    return []<int... P>(std::integer_sequence<int, P...>) {
+      return std::array<ByChannels, Most>{by_channels<R, P + 1>()...};
+    }(std::make_integer_sequence<int, Most>{});
+  }
+
+  template <int R, int Most>
+  static void walk(const OutConv& conv, const float* x, const int32_t* channels, int count, int row, int end,
+                   float* planes) {
+    static constexpr auto kTiles = table<R, Most>();
+    const RowCut cut(conv.size.OW, Most);
+    const int most = channels_for(R * (cut.size + (cut.larger ? 1 : 0)));
+    for (int j = 0; j < count; j += most) {
+      const int many = count - j < most ? count - j : most;
+      for (int y = row; y + R <= end; y += R) {
+        int pixel = 0;
+        for (int i = 0; i < cut.tiles; ++i) {
+          const int width = cut.size + (i < cut.larger ? 1 : 0);
+          kTiles[width - 1][many - 1](conv, x, channels + j, y, pixel, planes + j * conv.plane);
+          pixel += width;
+        }
+      }
+    }
+  }
+
+  static void run(const OutConv& conv, const float* x, const int32_t* channels, int count, int row, int end,
+                  float* planes) {
+    constexpr int kNarrow = kMostPixels / 2;  // images this narrow fill a tile with two rows
+    int paired = row;
+    if (conv.size.OW <= kNarrow) {
+      paired = row + (end - row) / 2 * 2;
+      walk<2, kNarrow>(conv, x, channels, count, row, paired, planes);
+    }
+    if (paired < end) walk<1, kMostPixels>(conv, x, channels, count, paired, end, planes);
+  }
+};
+
+}  // namespace gatedkernels

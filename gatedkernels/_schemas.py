@@ -1,0 +1,41 @@
+"""The schemas of every operator, once: compiled into the library, and defined from here where there is none."""
+
+import hashlib
+
+_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
+
+SCHEMAS = (
+    "plan(Tensor mask) -> (Tensor, Tensor)",
+    f"conv_out(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor count, {_GEOMETRY}, bool relu, str backend)"
+    " -> Tensor",
+    f"conv_in(Tensor packed, Tensor weight, Tensor? bias, Tensor index, Tensor count, {_GEOMETRY},"
+    " bool dense_input_grad, str backend) -> Tensor",
+    f"gated_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask, {_GEOMETRY},"
+    " SymInt groups, bool dense_input_grad, str backend, float threshold) -> Tensor",
+    f"gated_conv2d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? in_mask, Tensor? out_mask, {_GEOMETRY},"
+    " SymInt groups, bool dense_input_grad, bool[3] output_mask, str backend, float threshold)"
+    " -> (Tensor, Tensor, Tensor)",
+    "gated_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
+    " Tensor? residual, SymInt[2] stride, str backend, float threshold) -> Tensor",
+    # The compiled kernels behind the launchers of the same stem, and those that `optimize` calls with packed weights.
+    "plan_cpu(Tensor mask) -> (Tensor, Tensor)",
+    "plan_cuda(Tensor mask) -> (Tensor, Tensor)",
+    "conv_out_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor count, int stride, bool relu) -> Tensor",
+    "conv_in_cpu(Tensor packed, Tensor weight, Tensor? bias, Tensor index, Tensor count, int stride) -> Tensor",
+    "gated_conv2d_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask, int stride) -> Tensor",
+    "gated_conv2d_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask,"
+    " int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
+    "gated_block_cpu(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
+    " Tensor? residual, int stride) -> Tensor",
+    "pack_rows(Tensor weight) -> Tensor",
+    "channel_gate(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
+    "packed_block(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor mask,"
+    " Tensor? residual, SymInt stride) -> Tensor",
+    "packed_conv2d(Tensor x, Tensor weight, Tensor bias, Tensor? in_mask, Tensor? out_mask, Tensor? residual,"
+    " SymInt out_channels, SymInt stride, bool relu) -> Tensor",
+)
+
+
+def digest() -> str:
+    """Hash of the schemas; a library that carries another one was built from other sources."""
+    return hashlib.sha256("\n".join(SCHEMAS).encode()).hexdigest()[:16]

@@ -1,0 +1,204 @@
+"""The ``gatedkernels`` command: demo, train, evaluate, masks, report, doctor."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gatedkernels.training.config import OPTIONS, Device, Measure, TrainConfig
+from gatedkernels.training.errors import DataError, RunError, TrainingError
+from gatedkernels.training.recipes import make_config
+
+app = typer.Typer(
+    name="gatedkernels",
+    help="Train, evaluate and time networks that compute only what their gates open.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_TRAIN_PACKAGES = {"PIL", "lightning", "matplotlib", "safetensors", "sklearn", "torchvision"}
+
+Run = Annotated[Path, typer.Argument(help="Folder of a training run.", show_default=False)]
+OnDevice = Annotated[Device, typer.Option(help="Where to compute.")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder of the images, if they have moved since the training.", show_default=False)
+]
+
+
+def main() -> None:
+    """Run the command line."""
+    with _explained():
+        app()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Show what a user can mend as one line, without a traceback."""
+    try:
+        yield
+    except (DataError, RunError, TrainingError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(1) from error
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _TRAIN_PACKAGES:
+            raise
+        typer.secho(f"error: {error.name} is missing; pip install 'gatedkernels[train]'", fg="red", err=True)
+        raise SystemExit(1) from error
+
+
+def train(context: typer.Context, recipe: str, run_dir: Path, resume: bool, **options: Any) -> None:
+    """Train a recipe; every option changes one value of it.
+
+    After each epoch the run can be killed and continued with --resume, to the same losses.
+    """
+    from gatedkernels.training.run import train_run
+
+    if context.args:
+        known = ", ".join(f"--{item.name.replace('_', '-')}" for item in OPTIONS)
+        raise typer.BadParameter(f"{context.args[0]} is none of the options --run-dir, --resume, {known}")
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        config = make_config(recipe, **given)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    train_run(config, run_dir, resume=resume)
+    typer.echo(f"Trained. Next: gatedkernels evaluate {run_dir}")
+
+
+def _declare_options() -> inspect.Signature:
+    """Give ``train`` an option for every field of the configuration, none of them set."""
+    recipe = typer.Argument(help="What to run: vicreg-dual as published, or vicreg-dual-digits.", show_default=False)
+    run_dir = typer.Option(help="Folder of the run; new, unless the run is resumed.", show_default=False)
+    resume = typer.Option("--resume", help="Continue after the last finished epoch.")
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("context", kind, annotation=typer.Context),
+        inspect.Parameter("recipe", kind, annotation=Annotated[str, recipe]),
+        inspect.Parameter("run_dir", kind, annotation=Annotated[Path, run_dir]),
+        inspect.Parameter("resume", kind, default=False, annotation=Annotated[bool, resume]),
+    ]
+    types = get_type_hints(TrainConfig)
+    for item in OPTIONS:
+        default = "none" if item.default is None else item.default
+        option = typer.Option(help=f"{item.metadata['help']} vicreg-dual: {default}.", show_default=False)
+        annotation = Annotated[types[item.name] | None, option]
+        parameters.append(inspect.Parameter(item.name, kind, default=None, annotation=annotation))
+    return inspect.Signature(parameters)
+
+
+train.__signature__ = _declare_options()  # type: ignore[attr-defined]
+train.__annotations__ = {name: parameter.annotation for name, parameter in train.__signature__.parameters.items()}  # type: ignore[attr-defined]
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    knn: Annotated[bool, typer.Option("--knn", help="Nearest neighbour, on the test set and over five folds.")] = False,
+    linear: Annotated[
+        bool, typer.Option("--linear", help="Linear probes, with all labels and with five a class.")
+    ] = False,
+    augmented: Annotated[
+        bool, typer.Option("--augmented", help="Linear probe on new crops in each epoch, as published; slow.")
+    ] = False,
+    data_dir: DataDir = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
+    device: OnDevice = "auto",
+) -> None:
+    """Measure both branches of a run, beside an untrained network and the pixels; everything if nothing is chosen."""
+    from gatedkernels.training.run import evaluate_run
+
+    everything = not (knn or linear or augmented)
+    measures: list[Measure] = []
+    if knn or everything:
+        measures += ["knn1", "knn1_folds"]
+    if linear or everything:
+        measures += ["linear", "linear_5_labels"]
+    results = evaluate_run(
+        run,
+        measures=measures,
+        augmented=augmented,
+        data_dir=data_dir,
+        batch_size=batch_size,
+        device=device,
+    )
+    console = Console()
+    console.print(accuracy_table(results))
+    console.print(f"The gated branch keeps {results['flops']['kept']:.1%} of {results['flops']['dense']:,} FLOPs.")
+    console.print(f"Written to {run / 'evaluation.json'}")
+
+
+def accuracy_table(results: dict[str, Any]) -> Table:
+    """Lay out accuracies, one row a representation."""
+    measures = list(dict.fromkeys(name for scores in results["accuracy"].values() for name in scores))
+    table = Table("", *measures, title=f"Accuracy on {results['data']['name']}")
+    for name, scores in results["accuracy"].items():
+        cells = (f"{scores[measure]:.4f}" if measure in scores else "" for measure in measures)
+        table.add_row(name.replace("_", " "), *cells)
+    return table
+
+
+@app.command()
+def masks(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="JSON file to write.", show_default=False)],
+    limit: Annotated[int, typer.Option(min=8, help="Test images to look at.")] = 1024,
+    data_dir: DataDir = None,
+) -> None:
+    """Describe the masks of a run on its test images, and store some for benchmarks to replay."""
+    from gatedkernels.training.run import masks_of_run
+
+    report = masks_of_run(run, out, limit=limit, data_dir=data_dir)
+    table = Table("gate", "density", "always on", "always off", "union of 8", "sorted", title="Open channels")
+    for name, gate in report["gates"].items():
+        union = gate["union"]
+        shares = (gate["density"], gate["always_on"], gate["always_off"], union["in_order"]["8"], union["sorted"]["8"])
+        table.add_row(name, *(f"{share:.3f}" for share in shares))
+    console = Console()
+    console.print(table)
+    console.print(f"Written to {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the run and its report.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything random.")] = 0,
+) -> None:
+    """Train on handwritten digits, evaluate and time: the whole story in minutes on two cores."""
+    from gatedkernels.demo import run_demo
+
+    run_demo(out, seed=seed)
+
+
+@app.command(context_settings={"allow_extra_args": True})
+def report(
+    context: typer.Context,
+    run: Run,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes, one or several: 1 16 256.")] = None,
+) -> None:
+    """Say what a run's FLOP savings bought in milliseconds, layer by layer and in all."""
+    from gatedkernels.reporting import command
+
+    if wrong := [word for word in context.args if not word.isdecimal() or int(word) == 0]:
+        raise typer.BadParameter(f"batch sizes must be positive whole numbers, got {wrong[0]!r}")
+    batch_sizes = (*(batch_size or ()), *map(int, context.args)) or (1, 16)
+    command.report(run, device=device, batch_sizes=batch_sizes)
+
+
+@app.command()
+def doctor() -> None:
+    """Say which versions, libraries, instruction sets and GPUs there are, and what is missing."""
+    from gatedkernels.reporting import command
+
+    command.doctor()
+
+
+if __name__ == "__main__":
+    main()

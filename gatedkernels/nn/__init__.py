@@ -1,0 +1,33 @@
+"""Gates, gated layers and blocks, and what they cost."""
+
+from gatedkernels.nn.blocks import Branch, GatedBasicBlock, GatedBottleneck, check_branch
+from gatedkernels.nn.costs import ConvCost
+from gatedkernels.nn.fix_gates import fix_gates
+from gatedkernels.nn.flops import FlopCount, LayerFlops, count_flops, gated_flops, kept_fraction
+from gatedkernels.nn.fold import fold_norm
+from gatedkernels.nn.gate import ChannelGate, Gate, gate_key
+from gatedkernels.nn.gated_conv import GatedConv2d
+from gatedkernels.nn.losses import bound_loss, sparsity_loss
+from gatedkernels.nn.straight_through import straight_through
+
+__all__ = [
+    "Branch",
+    "ChannelGate",
+    "ConvCost",
+    "FlopCount",
+    "Gate",
+    "GatedBasicBlock",
+    "GatedBottleneck",
+    "GatedConv2d",
+    "LayerFlops",
+    "bound_loss",
+    "check_branch",
+    "count_flops",
+    "fix_gates",
+    "fold_norm",
+    "gate_key",
+    "gated_flops",
+    "kept_fraction",
+    "sparsity_loss",
+    "straight_through",
+]

@@ -1,0 +1,132 @@
+"""The gate that decides, for every sample, which channels are worth computing."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gatedkernels.nn.costs import ConvCost, conv_cost
+from gatedkernels.nn.masks import check_group, check_mask
+from gatedkernels.nn.straight_through import logistic_noise, straight_through
+
+
+class Gate(NamedTuple):
+    """A decision: which channels are open, and the same as numbers that carry a gradient.
+
+    Attributes:
+        mask: Open channels, bool, shape (N, C / group).
+        weight: ``mask`` as zeros and ones, floating point; in training with the straight-through gradient.
+    """
+
+    mask: Tensor
+    weight: Tensor
+
+    @classmethod
+    def fixed(cls, name: str, mask: Tensor, batch: int, channels: int, group: int) -> "Gate":
+        """Wrap a mask that somebody brought.
+
+        Raises:
+            TypeError: If the mask is not a bool tensor.
+            ValueError: If its shape is not (batch, channels / group).
+        """
+        check_mask(name, mask, batch, channels, group)
+        return cls(mask, mask.to(torch.float32))
+
+
+def gate_key(name: str) -> str:
+    """Key of a gate, in dicts of gates and masks, from its module's name.
+
+    A block's only gate goes by the name of the block ("layer1.0.gate" is "layer1.0"); one of several keeps its own
+    ("layer1.0.gate2").
+    """
+    return name.removesuffix(".gate")
+
+
+class ChannelGate(nn.Module):
+    """Decide from a layer's input which of its output channels to compute.
+
+    Global average pooling, 1×1 convolution, batch normalisation, ReLU, 1×1 convolution: one logit per ``group`` output
+    channels. In training logistic noise is added, so that a channel is open with probability ``sigmoid(logit)``, and
+    the gradient passes straight through; in evaluation a channel is open where its logit is at least 0, and the
+    decision carries no gradient.
+
+    Source: Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (the channel gate).
+
+    Args:
+        in_channels: Channels of the input that is looked at.
+        out_channels: Channels that are decided about.
+        group: Neighbouring output channels that share one decision.
+        reduction: The hidden layer has ``in_channels // reduction`` channels, at least one.
+        temperature: Width of the sigmoid that lends its slope to the gradient.
+        bias_init: Value of the last bias: channels start open with probability about ``sigmoid(bias_init)``. None: no
+            bias, about half of the channels start open.
+
+    Raises:
+        ValueError: If a size is not positive or ``group`` does not divide ``out_channels``.
+    """
+
+    is_gate = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        group: int = 1,
+        reduction: int = 4,
+        temperature: float = 2 / 3,
+        bias_init: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_group("out_channels", out_channels, group)
+        for name, value in {"in_channels": in_channels, "reduction": reduction, "temperature": temperature}.items():
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        hidden = max(1, in_channels // reduction)
+        self.group = group
+        self.temperature = temperature
+        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.bn = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, out_channels // group, 1, bias=bias_init is not None)
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        if self.conv2.bias is not None and bias_init is not None:
+            nn.init.constant_(self.conv2.bias, bias_init)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Compute the logits, shape (N, C / group), float32 or wider, from images of shape (N, C_in, H, W)."""
+        hidden = torch.relu(self.bn(self.conv1(x.mean((2, 3), keepdim=True))))
+        logits = self.conv2(hidden).flatten(1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def forward(self, x: Tensor) -> Gate:
+        """Decide for every sample.
+
+        Args:
+            x: Images, shape (N, C_in, H, W).
+
+        Returns:
+            The mask, shape (N, C / group), and its weight of the same shape.
+
+        Raises:
+            ValueError: If ``x`` has another number of dimensions or channels.
+        """
+        if x.ndim != 4 or x.shape[1] != self.conv1.in_channels:
+            raise ValueError(f"x must have shape (N, {self.conv1.in_channels}, H, W), got {tuple(x.shape)}")
+        logits = self.logits(x)
+        if self.training:
+            weight = straight_through(logits + logistic_noise(logits), self.temperature)
+            return Gate(weight.detach() > 0, weight)
+        mask = logits >= 0
+        return Gate(mask, mask.to(logits.dtype))
+
+    def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
+        """Cost of the two convolutions; see `gatedkernels.nn.flops`."""
+        return [
+            conv_cost(name, conv, (1, 1), is_overhead=True)
+            for name, conv in (("conv1", self.conv1), ("conv2", self.conv2))
+        ]
+
+    def extra_repr(self) -> str:
+        """Say what the parts do not show."""
+        return f"group={self.group}, temperature={self.temperature:.4g}"

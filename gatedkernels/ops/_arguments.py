@@ -1,0 +1,115 @@
+"""What every operation asks of its arguments, and the geometry that follows from them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def pair(name: str, value: int | Sequence[int], at_least: int) -> tuple[int, int]:
+    """``value`` for height and width, from one int or two."""
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+        raise TypeError(f"{name} must be an int or two ints, got {value!r}")
+    if min(values) < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value!r}")
+    return values  # type: ignore[return-value]
+
+
+def check_images(name: str, x: Tensor) -> None:
+    """A floating (N, C, H, W) tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.ndim != 4:
+        raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(x.shape)}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must have a dtype of {', '.join(map(str, FLOATING))}, got {x.dtype}")
+
+
+def check_like(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    """A tensor of this shape, with the dtype and device of ``x``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+
+
+def check_weight(
+    name: str, weight: Tensor, bias_name: str, bias: Tensor | None, in_channels: int, groups: int, x: Tensor
+) -> None:
+    """Filters (K, C / groups, R, S) and an optional bias (K,)."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
+    if weight.ndim != 4:
+        raise ValueError(f"{name} must have shape (K, C / groups, R, S), got {tuple(weight.shape)}")
+    if groups < 1 or in_channels % groups or weight.shape[0] % groups:
+        raise ValueError(f"groups must divide {in_channels} and {weight.shape[0]} channels, got {groups}")
+    check_like(name, weight, (weight.shape[0], in_channels // groups, *weight.shape[2:]), x)
+    if bias is not None:
+        check_like(bias_name, bias, (weight.shape[0],), x)
+
+
+def expand_mask(name: str, mask: Tensor | None, channels: int, group: int, x: Tensor) -> Tensor | None:
+    """A (N, channels) mask from one decision for every ``group`` neighbouring channels."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must have dtype torch.bool, got {mask.dtype}")
+    if group < 1 or channels % group:
+        raise ValueError(f"group must divide the {channels} channels that {name} decides on, got {group}")
+    if tuple(mask.shape) != (x.shape[0], channels // group):
+        raise ValueError(f"{name} must have shape {(x.shape[0], channels // group)}, got {tuple(mask.shape)}")
+    if mask.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {mask.device}")
+    return mask if group == 1 else mask.repeat_interleave(group, 1)
+
+
+def check_plan(index: Tensor, count: Tensor, channels: int, x: Tensor) -> None:
+    """A plan for the samples of ``x`` over this many channels."""
+    for name, tensor, shape in (("index", index, (x.shape[0], channels)), ("count", count, (x.shape[0],))):
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32:
+            raise TypeError(f"{name} must be an int32 tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of the images, {x.device}, got {tensor.device}")
+
+
+def output_size(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """Height and width of a convolution's output."""
+    height, width = (
+        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
+    )
+    return height, width
+
+
+def check_fits(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
+    """The window must fit into the padded image."""
+    if min(output_size(x, weight, stride, padding, dilation)) < 1:
+        raise ValueError(f"x must be at least as large as the window {tuple(weight.shape[2:])}, got {tuple(x.shape)}")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype that autocast asks for on their device, where it is on."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Layout of an operation's output, a function of the shape and strides of ``x`` alone; contiguous if ambiguous."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last

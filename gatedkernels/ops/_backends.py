@@ -1,0 +1,30 @@
+"""Which implementation serves a call: the explicit choice or an error that lists what there is."""
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from gatedkernels import _extension
+
+Backend = Literal["auto", "reference", "dense", "cpu", "triton", "cuda"]
+
+ALWAYS = 2.0  # a threshold that no density exceeds: an explicit backend never falls back
+
+
+def require(backend: str, launchers: Mapping[str, object], x: Tensor) -> None:
+    """Raise ``ValueError`` unless ``backend`` exists for this operation, on this machine, for the device of ``x``."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if backend not in launchers:
+        raise ValueError(f"backend must be one of auto, {', '.join(launchers)} for this operation, got {backend!r}")
+    if backend == "cpu":
+        if _extension.CPU_ERROR is not None:
+            raise ValueError(f"backend 'cpu' is not available: {_extension.CPU_ERROR}")
+        if x.device.type != "cpu":
+            raise ValueError(f"backend 'cpu' needs tensors on the CPU, got x on {x.device}")
+    if backend == "cuda":
+        if _extension.CUDA_ERROR is not None:
+            raise ValueError(f"backend 'cuda' is not available: {_extension.CUDA_ERROR}")
+        if x.device.type != "cuda":
+            raise ValueError(f"backend 'cuda' needs tensors on a CUDA device, got x on {x.device}")

@@ -1,0 +1,154 @@
+"""The gated residual block in one operation: conv, ReLU, mask, conv, residual, ReLU."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gatedkernels import policy
+from gatedkernels.ops import _arguments as arguments
+from gatedkernels.ops._backends import ALWAYS, Backend, require
+from gatedkernels.ops.gated_block.reference import gated_block_reference
+
+
+def _launch_cpu(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    mask: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+) -> Tensor:
+    problem = policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1)
+    if problem:
+        raise ValueError(f"backend 'cpu' {problem}")
+    return torch.ops.gatedkernels.gated_block_cpu(x, weight1, bias1, weight2, bias2, mask, residual, stride[0])
+
+
+LAUNCHERS = {"reference": gated_block_reference, "dense": gated_block_reference, "cpu": _launch_cpu}
+
+
+def _forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    mask: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    backend: str,
+    threshold: float,
+) -> Tensor:
+    if threshold < 1 and mask.device.type == "cpu" and mask.numel() and int(mask.sum()) > threshold * mask.numel():
+        backend = "dense"
+    y = LAUNCHERS[backend](x, weight1, bias1, weight2, bias2, mask, residual, stride)
+    return y.contiguous(memory_format=arguments.memory_format(x))
+
+
+torch.library.impl("gatedkernels::gated_block", ("CPU", "CUDA"), _forward)
+
+
+@torch.library.register_fake("gatedkernels::gated_block")
+def _(x, weight1, bias1, weight2, bias2, mask, residual, stride, backend, threshold):  # type: ignore[no-untyped-def]
+    size = arguments.output_size(x, weight1, stride, (1, 1), (1, 1))
+    return x.new_empty((x.shape[0], weight2.shape[0], *size)).to(memory_format=arguments.memory_format(x))
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight1, bias1, weight2, _, mask, _, *ctx.options = inputs
+    ctx.save_for_backward(x, weight1, bias1, weight2, mask, output)
+
+
+def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+    x, weight1, bias1, weight2, mask, y = ctx.saved_tensors
+    stride, backend, threshold = ctx.options
+    ops = torch.ops.gatedkernels
+    ones, needs = (1, 1), ctx.needs_input_grad
+    dy = torch.where(y > 0, dy, 0)
+    # The hidden activation is computed again: it costs a third of what follows, and no memory between the passes.
+    hidden = ops.gated_conv2d.default(
+        x, weight1, bias1, None, mask, stride, ones, ones, 1, False, backend, threshold
+    ).relu()
+    below = any(needs[:3])
+    dhidden, dweight2, dbias2 = ops.gated_conv2d_backward.default(
+        dy, hidden, weight2, mask, None, ones, ones, ones, 1, False, (below, needs[3], needs[4]), backend, threshold
+    )
+    dx = dweight1 = dbias1 = None
+    if below:
+        dhidden = torch.where(hidden > 0, dhidden, 0)
+        dx, dweight1, dbias1 = ops.gated_conv2d_backward.default(
+            dhidden, x, weight1, None, mask, stride, ones, ones, 1, False, needs[:3], backend, threshold
+        )
+    gradients = (dx, dweight1, dbias1, dweight2, dbias2, None, dy)
+    return *(g if need else None for g, need in zip(gradients, needs[:7], strict=True)), None, None, None
+
+
+torch.library.register_autograd("gatedkernels::gated_block", _backward, setup_context=_save)
+
+
+def gated_block(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    mask: Tensor,
+    *,
+    residual: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    group: int = 1,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Compute a gated basic block, batch normalisation folded into filters and biases.
+
+    ``relu(conv2(where(mask, relu(conv1(x)), 0)) + residual)``: both convolutions 3x3 with padding 1, ``conv1`` with the
+    stride; only the channels between them that the mask opens are computed and read.
+
+    Args:
+        x: Images, shape (N, C, H, W), floating, any strides.
+        weight1: Filters, shape (M, C, 3, 3), dtype of ``x``.
+        bias1: Shape (M,), or None.
+        weight2: Filters, shape (K, M, 3, 3).
+        bias2: Shape (K,), or None.
+        mask: Open hidden channels of every sample, bool, shape (N, M / group).
+        residual: Added before the last ReLU, shape (N, K, H', W'), or None.
+        stride: Of the first convolution.
+        group: Granularity of the mask.
+        backend: "reference", "dense", "cpu", or "auto": the policy's choice.
+
+    Returns:
+        Shape (N, K, H', W') with H' = (H - 1) // stride + 1, channels-last if ``x`` is channels-last and nothing else,
+        else contiguous.
+
+    Raises:
+        ValueError: If shapes or devices disagree, or the backend cannot serve this call.
+        TypeError: If dtypes disagree, or the mask is not bool.
+    """
+    arguments.check_images("x", x)
+    x, weight1, bias1, weight2, bias2, residual = arguments.autocast(  # type: ignore[assignment]
+        x, weight1, bias1, weight2, bias2, residual
+    )
+    arguments.check_weight("weight1", weight1, "bias1", bias1, x.shape[1], 1, x)
+    arguments.check_weight("weight2", weight2, "bias2", bias2, weight1.shape[0], 1, x)
+    for name, weight in (("weight1", weight1), ("weight2", weight2)):
+        if tuple(weight.shape[2:]) != (3, 3):
+            raise ValueError(f"{name} must hold 3x3 filters, got {tuple(weight.shape)}")
+    if mask is None:
+        raise TypeError("mask must be a tensor, got None")
+    mask = arguments.expand_mask("mask", mask, weight1.shape[0], group, x)  # type: ignore[assignment]
+    strides = arguments.pair("stride", stride, 1)
+    if residual is not None:
+        size = arguments.output_size(x, weight1, strides, (1, 1), (1, 1))
+        arguments.check_like("residual", residual, (x.shape[0], weight2.shape[0], *size), x)
+    if backend == "auto":
+        choice = policy.choose("gated_block", x, weight1, strides, (1, 1), (1, 1), 1)
+        served, threshold = choice.backend, choice.threshold
+    else:
+        require(backend, LAUNCHERS, x)
+        served, threshold = backend, ALWAYS
+    return torch.ops.gatedkernels.gated_block.default(
+        x, weight1, bias1, weight2, bias2, mask, residual, strides, served, threshold
+    )

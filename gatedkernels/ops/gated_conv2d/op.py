@@ -1,0 +1,268 @@
+"""Convolve only the channels whose gates are open: schema, checks, launchers, gradients."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gatedkernels import policy
+from gatedkernels.ops import _arguments as arguments
+from gatedkernels.ops._backends import ALWAYS, Backend, require
+from gatedkernels.ops.gated_conv2d.reference import gated_conv2d_backward_reference, gated_conv2d_reference, masked
+
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+
+
+def _launch_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_mask: Tensor | None, out_mask: Tensor | None, *geometry: object
+) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    problem = policy.cpu_problem(x, weight, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    if problem:
+        raise ValueError(f"backend 'cpu' {problem}")
+    return torch.ops.gatedkernels.gated_conv2d_cpu(x, weight, bias, in_mask, out_mask, stride[0])  # type: ignore[index]
+
+
+def _launch_cuda(*args: object) -> Tensor:
+    return torch.ops.gatedkernels.gated_conv2d_cuda(*args)
+
+
+LAUNCHERS = {
+    "reference": gated_conv2d_reference,
+    "dense": gated_conv2d_reference,
+    "cpu": _launch_cpu,
+    "cuda": _launch_cuda,
+}
+
+
+def _too_dense(in_mask: Tensor | None, out_mask: Tensor | None, threshold: float) -> bool:
+    """Whether so many channels are open that the dense kernel is the faster one (on the CPU, where looking is free)."""
+    if threshold >= 1:
+        return False
+    kept = 1.0
+    for mask in (in_mask, out_mask):
+        if mask is not None and mask.numel() and mask.device.type == "cpu":
+            kept *= int(mask.sum()) / mask.numel()
+    return kept > threshold
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dense_input_grad: bool,
+    backend: str,
+    threshold: float,
+) -> Tensor:
+    launcher = LAUNCHERS["dense" if _too_dense(in_mask, out_mask, threshold) else backend]
+    y = launcher(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups)
+    return y.contiguous(memory_format=arguments.memory_format(x))
+
+
+def _shrink(dy: Tensor, x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Channels of x and of dy that at least one sample keeps; None where that is every channel."""
+    kept_in = None if in_mask is None else in_mask.any(0).nonzero()[:, 0]
+    kept_out = None if out_mask is None else out_mask.any(0).nonzero()[:, 0]
+    if kept_in is not None and len(kept_in) == x.shape[1]:
+        kept_in = None
+    if kept_out is not None and len(kept_out) == dy.shape[1]:
+        kept_out = None
+    return kept_in, kept_out
+
+
+def _weight_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """The filters' gradient; filters that no sample uses have none, and cost nothing."""
+    kept_in, kept_out = _shrink(dy, x, in_mask, out_mask)
+    dy, x, shrunk = masked(dy, out_mask), masked(x, in_mask), weight
+    if kept_in is not None:
+        x, shrunk = x.index_select(1, kept_in), shrunk.index_select(1, kept_in)
+    if kept_out is not None:
+        dy, shrunk = dy.index_select(1, kept_out), shrunk.index_select(0, kept_out)
+    if shrunk.numel() == 0:
+        return torch.zeros_like(weight)
+    stride, padding, dilation, groups = geometry
+    _, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, x, shrunk, None, list(stride), list(padding), list(dilation), False, [0, 0], groups, [False, True, False]
+    )
+    if kept_in is not None:
+        dweight = torch.zeros_like(weight[: dweight.shape[0]]).index_copy(1, kept_in, dweight)
+    if kept_out is not None:
+        dweight = torch.zeros_like(weight).index_copy(0, kept_out, dweight)
+    return dweight
+
+
+def _backward_cpu(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dense_input_grad: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The reference's gradients, with the work of closed channels left out where that is exact."""
+    geometry = (stride, padding, dilation, groups)
+    if groups != 1 or x.shape[0] == 0:
+        return gated_conv2d_backward_reference(
+            dy, x, weight, in_mask, out_mask, *geometry, dense_input_grad, output_mask
+        )
+    dx = dweight = dbias = None
+    if output_mask[0]:
+        # At stride 1 the gradient of x is the convolution of dy with the transposed, mirrored filters: its input
+        # channels are gated by out_mask, its output channels by in_mask.
+        mirrored = weight.flip(2, 3).transpose(0, 1)
+        closed = None if dense_input_grad else in_mask
+        if tuple(stride) == (1, 1) and not policy.cpu_problem(dy, mirrored, stride, padding, dilation, groups):
+            dx = _launch_cpu(dy, mirrored, None, out_mask, closed, stride, padding, dilation, groups)
+        else:
+            dx, _, _ = gated_conv2d_backward_reference(
+                dy, x, weight, in_mask, out_mask, *geometry, dense_input_grad, (True, False, False)
+            )
+    if output_mask[1]:
+        dweight = _weight_gradient(dy, x, weight, in_mask, out_mask, geometry)
+    if output_mask[2]:
+        dbias = masked(dy, out_mask).sum((0, 2, 3))
+    return dx, dweight, dbias
+
+
+def _backward_launch(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dense_input_grad: bool,
+    output_mask: Sequence[bool],
+    backend: str,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sparse = backend == "cpu" and not _too_dense(in_mask, out_mask, threshold)
+    launcher = _backward_cpu if sparse else gated_conv2d_backward_reference
+    dx, dweight, dbias = launcher(
+        dy, x, weight, in_mask, out_mask, stride, padding, dilation, groups, dense_input_grad, output_mask
+    )
+    return (
+        x.new_empty(0) if dx is None else dx.contiguous(memory_format=arguments.memory_format(x)),
+        x.new_empty(0) if dweight is None else dweight.contiguous(),
+        x.new_empty(0) if dbias is None else dbias,
+    )
+
+
+torch.library.impl("gatedkernels::gated_conv2d", ("CPU", "CUDA"), _forward)
+torch.library.impl("gatedkernels::gated_conv2d_backward", ("CPU", "CUDA"), _backward_launch)
+
+
+@torch.library.register_fake("gatedkernels::gated_conv2d")
+def _(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups, dense_input_grad, backend, threshold):  # type: ignore[no-untyped-def]
+    size = arguments.output_size(x, weight, stride, padding, dilation)
+    return x.new_empty((x.shape[0], weight.shape[0], *size)).to(memory_format=arguments.memory_format(x))
+
+
+@torch.library.register_fake("gatedkernels::gated_conv2d_backward")
+def _(  # type: ignore[no-untyped-def]
+    dy, x, weight, in_mask, out_mask, stride, padding, dilation, groups, dense_input_grad, output_mask, backend, threshold
+):
+    return (
+        x.new_empty(x.shape).to(memory_format=arguments.memory_format(x)) if output_mask[0] else x.new_empty(0),
+        weight.new_empty(weight.shape) if output_mask[1] else x.new_empty(0),
+        x.new_empty(weight.shape[0]) if output_mask[2] else x.new_empty(0),
+    )
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, _, in_mask, out_mask, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, in_mask, out_mask)
+
+
+def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+    x, weight, in_mask, out_mask = ctx.saved_tensors
+    stride, padding, dilation, groups, dense_input_grad, backend, threshold = ctx.options
+    needs = ctx.needs_input_grad[:3]
+    gradients = torch.ops.gatedkernels.gated_conv2d_backward.default(
+        dy, x, weight, in_mask, out_mask, stride, padding, dilation, groups, dense_input_grad, needs, backend, threshold
+    )
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 9
+
+
+torch.library.register_autograd("gatedkernels::gated_conv2d", _backward, setup_context=_save)
+
+
+def gated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    in_mask: Tensor | None = None,
+    out_mask: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    group: int = 1,
+    dense_input_grad: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Convolve only the channels whose gates are open.
+
+    Equals ``conv2d(where(in_mask, x, 0), weight, bias)`` with zeros where ``out_mask`` is closed. Closed input channels
+    are never read (a NaN there does not spread); products accumulate in float32 or wider.
+
+    Args:
+        x: Images, shape (N, C, H, W), float32, bfloat16, float16 or float64; any strides.
+        weight: Filters, shape (K, C / groups, R, S), dtype of ``x`` (under autocast both are cast).
+        bias: Shape (K,).
+        in_mask: Open input channels of every sample, bool, shape (N, C / group); None: all.
+        out_mask: Open output channels of every sample, bool, shape (N, K / group); None: all.
+        stride: Pixels between windows, along H and W.
+        padding: Zero pixels added on every side.
+        dilation: Pixels between the taps of a window.
+        groups: Groups of the convolution.
+        group: Granularity of the masks: one decision for ``group`` neighbouring channels.
+        dense_input_grad: The gradient of ``x`` is that of the unmasked convolution, for every channel: what a
+            straight-through gate estimator needs, and autograd of ``x * gate`` supplies.
+        backend: "reference", "dense", "cpu", "cuda", or "auto": the policy's choice. An explicit one never falls back.
+
+    Returns:
+        Shape (N, K, H', W') with H' = (H + 2 padding - dilation (R - 1) - 1) // stride + 1, channels-last if ``x`` is
+        channels-last and nothing else, else contiguous.
+
+    Raises:
+        ValueError: If shapes or devices disagree, or the backend cannot serve this call.
+        TypeError: If dtypes disagree, or a mask is not bool.
+    """
+    arguments.check_images("x", x)
+    x, weight, bias = arguments.autocast(x, weight, bias)  # type: ignore[assignment]
+    arguments.check_weight("weight", weight, "bias", bias, x.shape[1], groups, x)
+    geometry = (
+        arguments.pair("stride", stride, 1),
+        arguments.pair("padding", padding, 0),
+        arguments.pair("dilation", dilation, 1),
+    )
+    arguments.check_fits(x, weight, *geometry)
+    in_mask = arguments.expand_mask("in_mask", in_mask, x.shape[1], group, x)
+    out_mask = arguments.expand_mask("out_mask", out_mask, weight.shape[0], group, x)
+    if backend == "auto":
+        choice = policy.choose("gated_conv2d", x, weight, *geometry, groups)
+        served, threshold = choice.backend, choice.threshold
+    else:
+        require(backend, LAUNCHERS, x)
+        served, threshold = backend, ALWAYS
+    return torch.ops.gatedkernels.gated_conv2d.default(
+        x, weight, bias, in_mask, out_mask, *geometry, groups, dense_input_grad, served, threshold
+    )

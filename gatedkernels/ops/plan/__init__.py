@@ -1,0 +1,3 @@
+"""The operation ``plan``."""
+
+from gatedkernels.ops.plan.op import plan as plan

@@ -1,0 +1,1 @@
+"""Training and evaluation of gated networks: methods, losses, data, recipes, the loop."""

@@ -1,0 +1,166 @@
+"""A run from its configuration to its results: train it, load it, evaluate it, describe its masks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gatedkernels.models import GatedResNet
+from gatedkernels.training.augment import plain_view
+from gatedkernels.training.config import Device, Measure, TrainConfig
+from gatedkernels.training.data import Data, load_data
+from gatedkernels.training.errors import RunError
+from gatedkernels.training.evaluation import (
+    augmented_linear_accuracy,
+    collect_masks,
+    evaluate,
+    mask_report,
+)
+from gatedkernels.training.loop import start_run, train
+from gatedkernels.training.recipes import backbone_costs, build_backbone, build_method
+from gatedkernels.training.run_folder import RunFolder, write_json
+
+
+def train_run(config: TrainConfig, path: Path, *, resume: bool = False, progress: bool = True) -> None:
+    """Train in a folder, which is locked meanwhile.
+
+    Args:
+        config: The run.
+        path: The folder: new, or with ``resume`` one that holds this run, finished or not.
+        resume: Whether to continue after the last finished epoch.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        RunError: If the folder is in use, cannot be written, or does not hold what it should.
+        DataError: If the images cannot be read.
+        TrainingError: If the loss is no number any more.
+    """
+    folder = RunFolder(path)
+    with folder.locked():
+        data = load_run_data(config)
+        start_run(folder, config, resume=resume)
+        train(build_method(config), data, config, folder, resume=resume, progress=progress)
+
+
+def load_run(path: Path) -> tuple[TrainConfig, GatedResNet]:
+    """Load a trained backbone.
+
+    Args:
+        path: Folder of the run.
+
+    Returns:
+        Its configuration, and the backbone in evaluation mode.
+
+    Raises:
+        RunError: If the folder holds no run, or its files are damaged.
+    """
+    folder = RunFolder(path)
+    config = folder.read_config()
+    backbone = build_backbone(config)
+    try:
+        backbone.load_state_dict(folder.read_weights())
+    except RuntimeError as error:
+        raise RunError(f"{folder.weights_file} must fit {folder.config_file}: {error}") from error
+    return config, backbone.eval()
+
+
+def load_run_data(config: TrainConfig, data_dir: Path | None = None, limit: int | None = None) -> Data:
+    """Load the images of a run, from another folder or fewer of them if asked."""
+    return load_data(
+        config.data,
+        data_dir or config.data_dir,
+        image_size=config.image_size,
+        limit=config.limit if limit is None else limit,
+        seed=config.seed,
+    )
+
+
+def evaluate_run(
+    path: Path,
+    *,
+    measures: Sequence[Measure],
+    augmented: bool = False,
+    data_dir: Path | None = None,
+    batch_size: int = 256,
+    device: Device = "auto",
+) -> dict[str, Any]:
+    """Evaluate a run and write the results beside it.
+
+    Args:
+        path: Folder of the run.
+        measures: Which accuracies.
+        augmented: Whether to run the linear protocol with new crops in each epoch too, for both branches.
+        data_dir: Where the images are, if they have moved.
+        batch_size: Images at a time.
+        device: Where to compute.
+
+    Returns:
+        What the report of the demonstration holds up to ``flops``; also in ``evaluation.json``.
+
+    Raises:
+        RunError: If the folder holds no finished epoch, or its files are damaged.
+        DataError: If the images cannot be read.
+    """
+    config, backbone = load_run(path)
+    data = load_run_data(config, data_dir)
+    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    costs = backbone_costs(backbone, config)
+    results = {
+        **describe_run(path, config, data),
+        **evaluate(
+            backbone,
+            build_backbone(config),
+            costs,
+            data,
+            config,
+            measures=measures,
+            batch_size=batch_size,
+            device=place,
+        ),
+    }
+    if augmented:
+        for branch in ("dense", "gated"):
+            results["accuracy"][branch]["linear_augmented"] = augmented_linear_accuracy(
+                backbone, branch, costs, data, config, batch_size=batch_size, device=place
+            )
+    write_json(path / "evaluation.json", results)
+    return results
+
+
+def describe_run(path: Path, config: TrainConfig, data: Data) -> dict[str, Any]:
+    """Say what a run's weights were trained on, how, and for how long."""
+    progress = RunFolder(path).read_progress()
+    return {
+        "data": {"name": data.name, "train": len(data.train), "test": len(data.test)},
+        "method": config.recipe,
+        "width": config.width,
+        "budget": config.budget,
+        "epochs": int(progress["epochs"]),
+        "steps": int(progress["steps"]),
+        "seconds": progress["seconds"],
+        "seed": config.seed,
+    }
+
+
+def masks_of_run(path: Path, out: Path, *, limit: int | None = None, data_dir: Path | None = None) -> dict[str, Any]:
+    """Describe the masks of a run on its test images in a JSON file.
+
+    Args:
+        path: Folder of the run.
+        out: The file.
+        limit: Test images to look at; None: all.
+        data_dir: Where the images are, if they have moved.
+
+    Returns:
+        What was written; see `gatedkernels.training.evaluation.mask_report`.
+    """
+    config, backbone = load_run(path)
+    everything = load_run_data(config, data_dir)
+    data = everything if limit is None or limit >= len(everything.test) else load_run_data(config, data_dir, limit)
+    view = plain_view(config.image_size, data.mean, data.std)
+    masks = collect_masks(backbone, data.test, view)
+    report = mask_report(masks, describe_run(path, config, everything), seed=config.seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, report)
+    return report
