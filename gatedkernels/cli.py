@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -83,12 +83,14 @@ def _declare_options() -> inspect.Signature:
         inspect.Parameter("run_dir", kind, annotation=Annotated[Path, run_dir]),
         inspect.Parameter("resume", kind, default=False, annotation=Annotated[bool, resume]),
     ]
-    types = get_type_hints(TrainConfig)
+    types = get_type_hints(TrainConfig, include_extras=True)
     for item in OPTIONS:
+        annotation, text = get_args(types[item.name])
         default = "none" if item.default is None else item.default
-        option = typer.Option(help=f"{item.metadata['help']} vicreg-dual: {default}.", show_default=False)
-        annotation = Annotated[types[item.name] | None, option]
-        parameters.append(inspect.Parameter(item.name, kind, default=None, annotation=annotation))
+        option = typer.Option(help=f"{text} vicreg-dual: {default}.", show_default=False)
+        parameters.append(
+            inspect.Parameter(item.name, kind, default=None, annotation=Annotated[annotation | None, option])
+        )
     return inspect.Signature(parameters)
 
 
@@ -112,6 +114,7 @@ def evaluate(
     device: OnDevice = "auto",
 ) -> None:
     """Measure both branches of a run, beside an untrained network and the pixels; everything if nothing is chosen."""
+    from gatedkernels.demo import accuracy_table
     from gatedkernels.training.run import evaluate_run
 
     everything = not (knn or linear or augmented)
@@ -132,16 +135,6 @@ def evaluate(
     console.print(accuracy_table(results))
     console.print(f"The gated branch keeps {results['flops']['kept']:.1%} of {results['flops']['dense']:,} FLOPs.")
     console.print(f"Written to {run / 'evaluation.json'}")
-
-
-def accuracy_table(results: dict[str, Any]) -> Table:
-    """Lay out accuracies, one row a representation."""
-    measures = list(dict.fromkeys(name for scores in results["accuracy"].values() for name in scores))
-    table = Table("", *measures, title=f"Accuracy on {results['data']['name']}")
-    for name, scores in results["accuracy"].items():
-        cells = (f"{scores[measure]:.4f}" if measure in scores else "" for measure in measures)
-        table.add_row(name.replace("_", " "), *cells)
-    return table
 
 
 @app.command()

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 AugmentationName = Literal["photos", "digits"]
 DataName = Literal["digits", "cifar10", "imagefolder", "synthetic"]
@@ -15,52 +15,47 @@ Device = Literal["auto", "cpu", "cuda"]
 Stem = Literal["cifar", "imagenet"]
 
 
-def option(default: Any, help: str) -> Any:
-    """Declare a field with its description, which the command line shows."""
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run of VICReg-Dual-Gating; every field is an option of ``gatedkernels train``."""
 
     recipe: str = "vicreg-dual"
 
-    data: DataName = option("digits", "Which images to learn from.")
-    data_dir: Path | None = option(None, "Folder of the images, for cifar10 and imagefolder.")
-    limit: int | None = option(None, "Use only so many images, balanced over the classes.")
-    image_size: int = option(32, "Side of the views.")
-    augmentation: AugmentationName | None = option(None, "Which random views to take; none: those for the images.")
-    blur: float = option(0.0, "Probability of a Gaussian blur, with the augmentation for photos.")
+    data: Annotated[DataName, "Which images to learn from."] = "digits"
+    data_dir: Annotated[Path | None, "Folder of the images, for cifar10 and imagefolder."] = None
+    limit: Annotated[int | None, "Use only so many images, balanced over the classes."] = None
+    image_size: Annotated[int, "Side of the views."] = 32
+    augmentation: Annotated[AugmentationName | None, "Which random views to take; none: those for the images."] = None
+    blur: Annotated[float, "Probability of a Gaussian blur, with the augmentation for photos."] = 0.0
 
-    width: float = option(1.0, "Factor on the widths of the gated ResNet-18, whose stages have 64 to 512 channels.")
-    stem: Stem = option("cifar", "First layers: for small or for large images.")
-    stem_padding: int = option(2, "Padding of the cifar stem.")
-    gate_group: int = option(1, "Neighbouring channels that share one decision.")
-    gate_bias: float | None = option(None, "Initial bias of the gates' logits; none: no bias, half of them open.")
-    embedding: int = option(2048, "Width of the expander's layers.")
+    width: Annotated[float, "Factor on the widths of the gated ResNet-18, whose stages have 64 to 512 channels."] = 1.0
+    stem: Annotated[Stem, "First layers: for small or for large images."] = "cifar"
+    stem_padding: Annotated[int, "Padding of the cifar stem."] = 2
+    gate_group: Annotated[int, "Neighbouring channels that share one decision."] = 1
+    gate_bias: Annotated[float | None, "Initial bias of the gates' logits; none: no bias, half of them open."] = None
+    embedding: Annotated[int, "Width of the expander's layers."] = 2048
 
-    budget: float = option(0.3, "Target of the sparsity loss: the share of the FLOPs to keep.")
-    sparsity_weight: float = option(5.0, "Weight of the sparsity loss.")
-    bound_weight: float = option(1.0, "Weight of the bound loss, which releases the gates slowly.")
-    bound_decay: float = option(0.02, "How fast the bound is released, per epoch.")
-    gate_warmup_epochs: int = option(0, "Epochs in which both branches are dense and the gates rest.")
-    invariance: float = option(25.0, "Weight of the invariance term.")
-    variance: float = option(25.0, "Weight of the variance terms.")
-    covariance: float = option(1.0, "Weight of the covariance terms.")
+    budget: Annotated[float, "Target of the sparsity loss: the share of the FLOPs to keep."] = 0.3
+    sparsity_weight: Annotated[float, "Weight of the sparsity loss."] = 5.0
+    bound_weight: Annotated[float, "Weight of the bound loss, which releases the gates slowly."] = 1.0
+    bound_decay: Annotated[float, "How fast the bound is released, per epoch."] = 0.02
+    gate_warmup_epochs: Annotated[int, "Epochs in which both branches are dense and the gates rest."] = 0
+    invariance: Annotated[float, "Weight of the invariance term."] = 25.0
+    variance: Annotated[float, "Weight of the variance terms."] = 25.0
+    covariance: Annotated[float, "Weight of the covariance terms."] = 1.0
 
-    epochs: int = option(500, "Length of the run.")
-    batch_size: int = option(256, "Images in a step; the last, smaller batch of an epoch is left out.")
-    lr: float = option(0.3, "Base learning rate.")
-    warmup_epochs: int = option(10, "Epochs until the base learning rate is reached.")
-    momentum: float = option(0.9, "Momentum of SGD.")
-    weight_decay: float = option(1e-4, "Weight decay; gates and one-dimensional parameters have none.")
-    trust: float = option(0.02, "LARS: length of a step as a fraction of the weight's norm.")
+    epochs: Annotated[int, "Length of the run."] = 500
+    batch_size: Annotated[int, "Images in a step; the last, smaller batch of an epoch is left out."] = 256
+    lr: Annotated[float, "Base learning rate."] = 0.3
+    warmup_epochs: Annotated[int, "Epochs until the base learning rate is reached."] = 10
+    momentum: Annotated[float, "Momentum of SGD."] = 0.9
+    weight_decay: Annotated[float, "Weight decay; gates and one-dimensional parameters have none."] = 1e-4
+    trust: Annotated[float, "LARS: length of a step as a fraction of the weight's norm."] = 0.02
 
-    seed: int = option(0, "Decides the weights, the order of the images, their views and the gates' noise.")
-    precision: Precision = option("32", "Number format of the forward and backward passes.")
-    device: Device = option("auto", "Where to train.")
-    workers: int = option(0, "Processes that prepare images; the results do not depend on it.")
+    seed: Annotated[int, "Decides the weights, the order of the images, their views and the gates' noise."] = 0
+    precision: Annotated[Precision, "Number format of the forward and backward passes."] = "32"
+    device: Annotated[Device, "Where to train."] = "auto"
+    workers: Annotated[int, "Processes that prepare images; the results do not depend on it."] = 0
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -83,7 +78,9 @@ class TrainConfig:
         _require("budget", self.budget, 0 < self.budget <= 1, "be above 0 and at most 1")
         _require("blur", self.blur, 0 <= self.blur <= 1, "be between 0 and 1")
         _require("momentum", self.momentum, 0 <= self.momentum < 1, "be at least 0 and below 1")
-        _require("warmup_epochs", self.warmup_epochs, self.warmup_epochs < self.epochs, f"be below epochs={self.epochs}")
+        _require(
+            "warmup_epochs", self.warmup_epochs, self.warmup_epochs < self.epochs, f"be below epochs={self.epochs}"
+        )
 
     @property
     def views(self) -> AugmentationName:
@@ -110,7 +107,7 @@ class TrainConfig:
         return cls(**values)
 
 
-OPTIONS = tuple(item for item in fields(TrainConfig) if "help" in item.metadata)
+OPTIONS = tuple(item for item in fields(TrainConfig) if item.name != "recipe")
 
 
 def check_names(options: Mapping[str, Any]) -> None:

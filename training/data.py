@@ -189,11 +189,15 @@ def _image_folder(folder: Path, image_size: int) -> Data:
     test_folder = folder / "test" if (folder / "test").is_dir() else folder / "val"
     for needed in (folder / "train", test_folder):
         if not needed.is_dir():
-            raise DataError(f"data_dir must hold train/<class>/ and test/<class>/ (or val/<class>/), {needed} is missing")
+            raise DataError(
+                f"data_dir must hold train/<class>/ and test/<class>/ (or val/<class>/), {needed} is missing"
+            )
     classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
     strangers = sorted({path.name for path in test_folder.iterdir() if path.is_dir()} - set(classes))
     if not classes or strangers:
-        what = f"{test_folder} has classes that train lacks: {strangers}" if strangers else "train holds no class folder"
+        what = (
+            f"{test_folder} has classes that train lacks: {strangers}" if strangers else "train holds no class folder"
+        )
         raise DataError(f"data_dir must hold the same classes in both parts, {what}")
     statistics = _CIFAR10_STATISTICS if image_size <= _LARGEST_SMALL_IMAGE else _IMAGENET_STATISTICS
     train, test = (_files_by_class(part, classes) for part in (folder / "train", test_folder))

@@ -10,7 +10,7 @@ _EPSILON = 1e-8
 
 
 class LARS(torch.optim.SGD):
-    """SGD whose step on each weight is a fraction of that weight's norm (You et al., 2017), clipped to the learning rate.
+    """SGD whose step on each weight is bounded by a fraction of the weight's norm (You et al., 2017).
 
     For every parameter that is not one-dimensional, with gradient g, weight p and decay wd of its group::
 

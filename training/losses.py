@@ -22,7 +22,7 @@ def variance_term(embeddings: Tensor) -> Tensor:
 
 
 def covariance_term(embeddings: Tensor) -> Tensor:
-    """Return the squared off-diagonal covariances, summed and divided by the number of dimensions (VICReg, eq. 3, 4)."""
+    """Return the squared off-diagonal covariances, summed and divided by the number of dimensions (eq. 3, 4)."""
     num_samples, num_dims = embeddings.shape
     centred = embeddings - embeddings.mean(dim=0)
     covariance = centred.T @ centred / (num_samples - 1)
@@ -48,7 +48,7 @@ class VICRegLoss(nn.Module):
             second: Embeddings of the other view, same shape.
 
         Returns:
-            The three unweighted terms under "invariance", "variance", "covariance", and their weighted sum under "loss".
+            The unweighted terms under "invariance", "variance" and "covariance", and their weighted sum under "loss".
         """
         if first.ndim != 2 or first.shape != second.shape:
             raise ValueError(

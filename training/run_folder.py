@@ -124,7 +124,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a")
         except OSError as error:
-            raise RunError(f"run_dir must be a folder that can be written, got {self.path}: {error.strerror}") from error
+            raise RunError(
+                f"run_dir must be a folder that can be written, got {self.path}: {error.strerror}"
+            ) from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 // The gated basic block in one parallel region: conv1's active channels go into packed planes, conv2 reads them there.
 //
-// The queue holds, for every sample, the items of conv1 and then those of conv2, which wait for conv1 of their sample;
-// the samples overlap, so that nobody waits while there is other work.
+// The queue holds the items of conv1 of some samples, then those of conv2, which wait for conv1 of their sample; the
+// next samples' conv1 comes before this, so that nobody waits while there is other work.
 #include <algorithm>
 #include <memory>
 
@@ -10,28 +10,46 @@
 namespace gatedkernels {
 namespace {
 
-// How the rows (and, of conv1, the channels) of one sample are cut into items.
-struct Cut {
-  int64_t channels = 1, rows = 1, items = 0;
-
-  // `operations` for one channel and row; `tile` channels are best done together.
-  Cut(int64_t count, int64_t tile, int64_t height, double operations, int64_t least_items) {
-    if (count == 0) return;
-    const double work = operations * static_cast<double>(count * height);
-    const double target = std::min(kItemOperations, work / static_cast<double>(least_items));
-    const double wanted = target / (operations * static_cast<double>(tile));  // rows of one tile of channels
-    rows = std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, height);
-    if (rows > 1) rows -= rows % 2;  // narrow images are computed in pairs of rows
-    channels = tile * (rows < height ? 1 : std::max<int64_t>(1, static_cast<int64_t>(wanted) / height));
-    items = ceil_div(count, channels) * ceil_div(height, rows);
-  }
-};
-
-struct Segment {
-  int64_t begin;
-  int64_t sample;
+// Output rows [row, end) of one sample: of conv1's active channels [from, to) in the plan, or of conv2's blocks.
+struct Item {
+  int32_t sample, from, to, row, end;
   bool second;
 };
+
+class Queue {
+ public:
+  std::vector<Item> items;
+  std::vector<int32_t> pending;  // items of conv1, for every sample
+
+  Queue(int64_t N, int64_t height) : pending(N, 0), height_(height), least_(ceil_div(8 * threads(), N)) {}
+
+  // Cuts rows of [from, to), each row of each channel or block worth `operations`, into items of a handy size.
+  // `tile` channels are computed together and are best kept so; `total` is all that the sample has to do.
+  void add(int64_t sample, bool second, int64_t from, int64_t to, int64_t tile, double operations, double total) {
+    if (from >= to) return;
+    const double target = std::min(kItemOperations, total / static_cast<double>(least_));
+    const double wanted = target / (operations * static_cast<double>(tile));  // rows of one tile
+    int64_t rows = std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, height_), many = tile;
+    if (rows == height_) {
+      many = tile * std::max<int64_t>(1, static_cast<int64_t>(wanted) / height_);
+    } else if (rows > 1) {
+      rows -= rows % 2;  // narrow images are computed in pairs of rows
+    }
+    for (int64_t j = from; j < to; j += many) {
+      for (int64_t row = 0; row < height_; row += rows) {
+        items.push_back({static_cast<int32_t>(sample), static_cast<int32_t>(j),
+                         static_cast<int32_t>(std::min(j + many, to)), static_cast<int32_t>(row),
+                         static_cast<int32_t>(std::min(row + rows, height_)), second});
+        pending[sample] += !second;
+      }
+    }
+  }
+
+ private:
+  int64_t height_, least_;
+};
+
+constexpr int64_t kCacheBytes = 1 << 19;  // weights that stay in a core's second-level cache while samples pass by
 
 }  // namespace
 
@@ -61,58 +79,57 @@ Tensor run_block(const Tensor& given_x, const float* rows1, const float* bias1, 
   conv2.channel_step = plane, conv2.row_step = size2.W, conv2.pixel_step = 1;
   conv2.gathered = false, conv2.relu = true;
 
-  const int64_t least = N >= 4 * threads() ? 1 : ceil_div(8 * threads(), N);
+  // Weights that exceed the cache are walked in slices, and a group of samples passes by each of them.
   const int64_t blocks = ceil_div(out_channels, kBlock);
-  std::vector<Cut> first, second;
-  first.reserve(N), second.reserve(N);
-  auto left = std::make_unique<std::atomic<int64_t>[]>(N);
-  for (int64_t n = 0; n < N; ++n) {
-    const double width = size1.OW;
-    first.emplace_back(plan.count[n], 3, size1.OH, 18.0 * static_cast<double>(C) * width, least);
-    second.emplace_back(blocks, 1, size2.OH, 18.0 * kBlock * width * std::max(plan.count[n], 1), least);
-    left[n].store(first[n].items, std::memory_order_relaxed);
-  }
-
-  const int64_t lead = std::min<int64_t>(N, threads());  // samples whose conv1 comes before the first conv2
-  std::vector<Segment> segments;
-  int64_t total = 0;
-  auto add = [&](int64_t n, bool is_second) {
-    segments.push_back({total, n, is_second});
-    total += (is_second ? second : first)[n].items;
+  const int64_t filter_bytes = 9 * C * static_cast<int64_t>(sizeof(float));
+  const bool sliced = hidden_channels * filter_bytes > 2 * kCacheBytes;
+  const int64_t slice = sliced ? std::max<int64_t>(kCacheBytes / filter_bytes, 8) : hidden_channels;
+  const int64_t group = sliced ? 16 : threads();
+  const double row_operations1 = 18.0 * static_cast<double>(C) * size1.OW;
+  Queue queue(N, size1.OH);
+  auto add_first = [&](int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < hidden_channels; c += slice) {
+      for (int64_t n = begin; n < end; ++n) {
+        const int32_t *list = plan.list(n), *last = list + plan.count[n];
+        const int64_t from = std::lower_bound(list, last, c) - list, to = std::lower_bound(list, last, c + slice) - list;
+        queue.add(n, false, from, to, 3, row_operations1, row_operations1 * plan.count[n] * size1.OH);
+      }
+    }
   };
-  for (int64_t n = 0; n < N + lead; ++n) {
-    if (n < N) add(n, false);
-    if (n >= lead) add(n - lead, true);
+  auto add_second = [&](int64_t begin, int64_t end) {
+    for (int64_t block = 0; block < blocks; block += sliced ? 1 : blocks) {
+      for (int64_t n = begin; n < end; ++n) {
+        const double operations = 18.0 * kBlock * size2.OW * std::max(plan.count[n], 1);
+        queue.add(n, true, block, sliced ? block + 1 : blocks, 1, operations, operations * blocks * size2.OH);
+      }
+    }
+  };
+  for (int64_t n = 0; n < N + group; n += group) {
+    if (n < N) add_first(n, std::min(n + group, N));
+    if (n >= group) add_second(n - group, std::min(n, N));
   }
+  auto left = std::make_unique<std::atomic<int32_t>[]>(N);
+  for (int64_t n = 0; n < N; ++n) left[n].store(queue.pending[n], std::memory_order_relaxed);
 
   const float* in = floats(x);
   const float* skip = floats(residual);
   float* out = y.mutable_data_ptr<float>();
   const Kernels& run = kernels();
-  in_order(total, [&](int64_t item) {
-    const auto next = std::upper_bound(segments.begin(), segments.end(), item,
-                                       [](int64_t at, const Segment& segment) { return at < segment.begin; });
-    const Segment& segment = *(next - 1);
-    const int64_t n = segment.sample, at = item - segment.begin;
+  in_order(static_cast<int64_t>(queue.items.size()), [&](int64_t at) {
+    const Item& item = queue.items[at];
+    const int64_t n = item.sample;
     const int32_t* channels = plan.list(n);
-    const Cut& cut = (segment.second ? second : first)[n];
-    const int64_t bands = ceil_div(size1.OH, cut.rows);
-    const int row = static_cast<int>(at % bands * cut.rows);
-    const int end = static_cast<int>(std::min<int64_t>(row + cut.rows, size1.OH));
-    if (!segment.second) {
-      const int64_t j = at / bands * cut.channels;
-      const int64_t many = std::min<int64_t>(cut.channels, plan.count[n] - j);
-      run.out_rows(conv1, in + n * size1.H * size1.W * C, channels + j, static_cast<int>(many), row, end,
-                   planes + offset[n] + j * plane);
+    if (!item.second) {
+      run.out_rows(conv1, in + n * size1.H * size1.W * C, channels + item.from, item.to - item.from, item.row,
+                   item.end, planes + offset[n] + item.from * plane);
       left[n].fetch_sub(1, std::memory_order_release);
-    } else {
-      wait_until([&] { return left[n].load(std::memory_order_acquire) == 0; });
-      const int64_t from = at / bands * cut.channels, to = std::min(from + cut.channels, blocks);
-      const int64_t image = n * pixels * out_channels;
-      for (int64_t block = from; block < to; ++block) {
-        run.in_rows(conv2, planes + offset[n], channels, plan.count[n], static_cast<int>(block), row, end,
-                    skip ? skip + image : nullptr, out + image);
-      }
+      return;
+    }
+    wait_until([&] { return left[n].load(std::memory_order_acquire) == 0; });
+    const int64_t image = n * pixels * out_channels;
+    for (int block = item.from; block < item.to; ++block) {
+      run.in_rows(conv2, planes + offset[n], channels, plan.count[n], block, item.row, item.end,
+                  skip ? skip + image : nullptr, out + image);
     }
   });
   return y;

@@ -89,8 +89,7 @@ def evaluate(
     assert kept is not None
     return {
         "accuracy": {
-            name: accuracies(train, test, measures, seed=config.seed)
-            for name, (train, test) in representations.items()
+            name: accuracies(train, test, measures, seed=config.seed) for name, (train, test) in representations.items()
         },
         "flops": {"dense": dense_flops, "executed": round(kept * dense_flops), "kept": kept},
     }

@@ -46,9 +46,7 @@ class VICRegDual(pl.LightningModule):
         rest = [parameter for name, parameter in named if ".gate" not in name]
         config = self.config
         groups = [{"params": rest}, {"params": gates, "weight_decay": 0.0}]
-        return LARS(
-            groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, trust=config.trust
-        )
+        return LARS(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, trust=config.trust)
 
     def on_train_epoch_start(self) -> None:
         """Set the learning rate of the epoch."""
