@@ -49,7 +49,7 @@ def digit_view(size: int, mean: Statistics, std: Statistics) -> Transform:
     deform = v2.RandomAffine(
         degrees=15, translate=(0.1, 0.1), scale=(0.8, 1.2), shear=10, interpolation=v2.InterpolationMode.BILINEAR
     )
-    return v2.Compose([deform, *_normalise(mean, std)])
+    return v2.Compose([v2.Resize((size, size), antialias=True), deform, *_normalise(mean, std)])
 
 
 def probe_view(size: int, mean: Statistics, std: Statistics) -> Transform:

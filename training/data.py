@@ -23,7 +23,10 @@ _LARGEST_SMALL_IMAGE = 64  # up to here a folder's images are normalised as CIFA
 class Images(Protocol):
     """A labelled set of images."""
 
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor:
+        """Classes, int64, shape (N,)."""
+        ...
 
     def __len__(self) -> int:
         """Count the images."""

@@ -1,7 +1,6 @@
 // The gated basic block in one parallel region: conv1's active channels go into packed planes, conv2 reads them there.
 //
-// The queue holds the items of conv1 of some samples, then those of conv2, which wait for conv1 of their sample; the
-// next samples' conv1 comes before this, so that nobody waits while there is other work.
+// The queue holds the items of conv1 of a group of samples, then those of conv2, which wait for conv1 of their sample.
 #include <algorithm>
 #include <memory>
 
@@ -21,20 +20,30 @@ class Queue {
   std::vector<Item> items;
   std::vector<int32_t> pending;  // items of conv1, for every sample
 
-  Queue(int64_t N, int64_t height) : pending(N, 0), height_(height), least_(ceil_div(8 * threads(), N)) {}
+  // `operations` is what there is to do in all: items are a small share of it, so that all threads end together.
+  Queue(int64_t N, int64_t height, double operations)
+      : pending(N, 0),
+        height_(height),
+        target_(std::clamp(operations / static_cast<double>(24 * threads()), kLeastOperations, kMostOperations)) {}
 
-  // Cuts rows of [from, to), each row of each channel or block worth `operations`, into items of a handy size.
-  // `tile` channels are computed together and are best kept so; `total` is all that the sample has to do.
-  void add(int64_t sample, bool second, int64_t from, int64_t to, int64_t tile, double operations, double total) {
+  // Cuts [from, to), each row of each channel or block worth `operations`, into items of a handy size. `unit` channels
+  // are best computed together. Whole images are cut by channels first, so that nobody reads another's weights; other
+  // images by rows, so that their pixels are read once.
+  void add(int64_t sample, bool second, int64_t from, int64_t to, int64_t unit, double operations, bool whole) {
     if (from >= to) return;
-    const double target = std::min(kItemOperations, total / static_cast<double>(least_));
-    const double wanted = target / (operations * static_cast<double>(tile));  // rows of one tile
-    int64_t rows = std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, height_), many = tile;
-    if (rows == height_) {
-      many = tile * std::max<int64_t>(1, static_cast<int64_t>(wanted) / height_);
-    } else if (rows > 1) {
-      rows -= rows % 2;  // narrow images are computed in pairs of rows
+    auto fitting = [&](double each) { return static_cast<int64_t>(target_ / each); };
+    int64_t rows = height_, many = std::min(whole ? unit : 12, to - from);
+    if (whole) {
+      many *= std::max<int64_t>(1, fitting(operations * static_cast<double>(many * height_)));
+      if (operations * static_cast<double>(many * height_) > 2 * target_) {
+        rows = fitting(operations * static_cast<double>(many));
+      }
+    } else {
+      rows = fitting(operations * static_cast<double>(many));
+      if (rows >= height_) many *= rows / height_;
     }
+    rows = std::clamp<int64_t>(rows, 1, height_);
+    if (rows > 1 && rows < height_) rows -= rows % 2;  // narrow images are computed in pairs of rows
     for (int64_t j = from; j < to; j += many) {
       for (int64_t row = 0; row < height_; row += rows) {
         items.push_back({static_cast<int32_t>(sample), static_cast<int32_t>(j),
@@ -46,7 +55,9 @@ class Queue {
   }
 
  private:
-  int64_t height_, least_;
+  static constexpr double kLeastOperations = 2e5, kMostOperations = 8e6;  // about 2 and 80 microseconds of a core
+  int64_t height_;
+  double target_;
 };
 
 constexpr int64_t kCacheBytes = 1 << 19;  // weights that stay in a core's second-level cache while samples pass by
@@ -86,27 +97,33 @@ Tensor run_block(const Tensor& given_x, const float* rows1, const float* bias1, 
   const int64_t slice = sliced ? std::max<int64_t>(kCacheBytes / filter_bytes, 8) : hidden_channels;
   const int64_t group = sliced ? 16 : threads();
   const double row_operations1 = 18.0 * static_cast<double>(C) * size1.OW;
-  Queue queue(N, size1.OH);
+  const double block_row_operations = 18.0 * kBlock * size2.OW;
+  double operations = 0;
+  for (int64_t n = 0; n < N; ++n) {
+    operations += plan.count[n] * size1.OH * (row_operations1 + block_row_operations * static_cast<double>(blocks));
+  }
+  Queue queue(N, size1.OH, operations);
+  const bool whole = hidden_channels * filter_bytes > C * size1.H * size1.W * static_cast<int64_t>(sizeof(float));
   auto add_first = [&](int64_t begin, int64_t end) {
     for (int64_t c = 0; c < hidden_channels; c += slice) {
       for (int64_t n = begin; n < end; ++n) {
         const int32_t *list = plan.list(n), *last = list + plan.count[n];
         const int64_t from = std::lower_bound(list, last, c) - list, to = std::lower_bound(list, last, c + slice) - list;
-        queue.add(n, false, from, to, 3, row_operations1, row_operations1 * plan.count[n] * size1.OH);
+        queue.add(n, false, from, to, 3, row_operations1, whole);
       }
     }
   };
   auto add_second = [&](int64_t begin, int64_t end) {
     for (int64_t block = 0; block < blocks; block += sliced ? 1 : blocks) {
       for (int64_t n = begin; n < end; ++n) {
-        const double operations = 18.0 * kBlock * size2.OW * std::max(plan.count[n], 1);
-        queue.add(n, true, block, sliced ? block + 1 : blocks, 1, operations, operations * blocks * size2.OH);
+        queue.add(n, true, block, sliced ? block + 1 : blocks, 1, block_row_operations * std::max(plan.count[n], 1),
+                  whole);
       }
     }
   };
-  for (int64_t n = 0; n < N + group; n += group) {
-    if (n < N) add_first(n, std::min(n + group, N));
-    if (n >= group) add_second(n - group, std::min(n, N));
+  for (int64_t n = 0; n < N; n += group) {
+    add_first(n, std::min(n + group, N));
+    add_second(n, std::min(n + group, N));
   }
   auto left = std::make_unique<std::atomic<int32_t>[]>(N);
   for (int64_t n = 0; n < N; ++n) left[n].store(queue.pending[n], std::memory_order_relaxed);
@@ -127,10 +144,8 @@ Tensor run_block(const Tensor& given_x, const float* rows1, const float* bias1, 
     }
     wait_until([&] { return left[n].load(std::memory_order_acquire) == 0; });
     const int64_t image = n * pixels * out_channels;
-    for (int block = item.from; block < item.to; ++block) {
-      run.in_rows(conv2, planes + offset[n], channels, plan.count[n], block, item.row, item.end,
-                  skip ? skip + image : nullptr, out + image);
-    }
+    run.in_rows(conv2, planes + offset[n], channels, plan.count[n], item.from, item.to, item.row, item.end,
+                skip ? skip + image : nullptr, out + image);
   });
   return y;
 }

@@ -34,7 +34,7 @@ Tensor run_in(const Tensor& x, const float* blocks, const float* bias, int64_t o
     const int64_t n = item / (count_blocks * bands), block = item / bands % count_blocks, row = item % bands * rows;
     const int64_t end = std::min<int64_t>(row + rows, size.OH), image = n * pixels * K;
     kernels().in_rows(conv, in + n * x.stride(0), plan ? plan->list(n) : nullptr, plan ? plan->count[n] : conv.C,
-                      static_cast<int>(block), static_cast<int>(row), static_cast<int>(end),
+                      static_cast<int>(block), static_cast<int>(block + 1), static_cast<int>(row), static_cast<int>(end),
                       skip ? skip + image : nullptr, out + image);
     if (!out_mask) return;
     const int64_t from = block * kBlock, to = std::min<int64_t>(from + kBlock, K);

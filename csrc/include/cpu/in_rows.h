@@ -72,6 +72,17 @@ struct InRows {
     const bool left = reads_left(g, pixel), right = reads_right(g, pixel + P - 1);
     const int valid = conv.K - lane;  // output channels from here on
 
+    // What the end of the tile reads and writes is fetched now, behind the arithmetic.
+    for (int i = 0; i < R; ++i) {
+      const int64_t at = (int64_t{row + i} * g.OW + pixel) * conv.K + lane;
+      for (int p = 0; p < P; ++p) {
+        for (int cache_line = 0; cache_line < kVectors * L; cache_line += 16) {
+          __builtin_prefetch(y + at + p * conv.K + cache_line, 1);
+          if (residual) __builtin_prefetch(residual + at + p * conv.K + cache_line);
+        }
+      }
+    }
+
     Sums<R, P> sum;
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
@@ -149,41 +160,44 @@ struct InRows {
   }
 
   template <int S, bool Unit, int R, int Most>
-  static void walk(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int row, int end,
-                   const float* residual, float* y) {
+  static void walk(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int last,
+                   int row, int end, const float* residual, float* y) {
     static constexpr auto kTiles = table<S, Unit, R, Most>();
     const RowCut cut(conv.size.OW, Most);
-    for (int lane = block * kBlock; lane < block * kBlock + kBlock && lane < conv.K; lane += kVectors * L) {
-      bool cold = true;
-      for (int oy = row; oy + R <= end; oy += R) {
-        int pixel = 0;
-        for (int i = 0; i < cut.tiles; ++i) {
-          const int width = cut.size + (i < cut.larger ? 1 : 0);
+    const int lanes = last * kBlock < conv.K ? last * kBlock : conv.K;
+    bool cold = true;
+    for (int oy = row; oy + R <= end; oy += R) {
+      int pixel = 0;
+      for (int i = 0; i < cut.tiles; ++i) {
+        const int width = cut.size + (i < cut.larger ? 1 : 0);
+        for (int lane = block * kBlock; lane < lanes; lane += kVectors * L) {
           kTiles[width - 1](conv, x, channels, count, lane, oy, pixel, cold, residual, y);
-          pixel += width;
-          cold = false;
         }
+        pixel += width;
+        cold = false;
       }
     }
   }
 
   template <int S, bool Unit>
-  static void rows(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int row, int end,
-                   const float* residual, float* y) {
+  static void rows(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int last, int row,
+                   int end, const float* residual, float* y) {
     constexpr int kNarrow = L == 16 ? 6 : 3;  // images this narrow fill a tile with two rows
     int paired = row;
     if (conv.size.OW <= kNarrow) {
       paired = row + (end - row) / 2 * 2;
-      walk<S, Unit, 2, kNarrow>(conv, x, channels, count, block, row, paired, residual, y);
+      walk<S, Unit, 2, kNarrow>(conv, x, channels, count, block, last, row, paired, residual, y);
     }
-    if (paired < end) walk<S, Unit, 1, kMostPixels>(conv, x, channels, count, block, paired, end, residual, y);
+    if (paired < end) {
+      walk<S, Unit, 1, kMostPixels>(conv, x, channels, count, block, last, paired, end, residual, y);
+    }
   }
 
-  static void run(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int row, int end,
-                  const float* residual, float* y) {
+  static void run(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int last, int row,
+                  int end, const float* residual, float* y) {
     const bool unit = conv.pixel_step == 1 && conv.size.stride == 1;
     auto* chosen = conv.size.S == 1 ? rows<1, false> : unit ? rows<3, true> : rows<3, false>;
-    chosen(conv, x, channels, count, block, row, end, residual, y);
+    chosen(conv, x, channels, count, block, last, row, end, residual, y);
   }
 };
 

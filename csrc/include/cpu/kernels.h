@@ -39,9 +39,9 @@ struct Kernels {
   // Output rows [row, end) of the listed channels of one sample; planes points at the first listed channel's plane.
   void (*out_rows)(const OutConv&, const float* x, const int32_t* channels, int count, int row, int end,
                    float* planes);
-  // Output rows [row, end) of one block of output channels; null channels stand for 0, 1, …, count - 1.
-  void (*in_rows)(const InConv&, const float* x, const int32_t* channels, int count, int block, int row, int end,
-                  const float* residual, float* y);
+  // Output rows [row, end) of the blocks [block, last) of output channels; null channels stand for 0, 1, …, count - 1.
+  void (*in_rows)(const InConv&, const float* x, const int32_t* channels, int count, int block, int last, int row,
+                  int end, const float* residual, float* y);
   // sum[c] += x[p][c] over pixels of C adjacent channels, `step` floats apart.
   void (*add_pixels)(const float* x, int64_t pixels, int64_t step, int64_t C, float* sum);
   // y = weight (K, C) times x, plus bias.

@@ -9,6 +9,7 @@ namespace gatedkernels {
 template <int L>
 struct OutRows {
   static constexpr int kMostPixels = L == 16 ? 8 : 4;
+  static constexpr int64_t kColumnBytes = 20 << 10;
 
   // Output channels in a tile of this many pixels.
   static constexpr int channels_for(int pixels) {
@@ -24,7 +25,7 @@ struct OutRows {
   // One tap of the window for the pixels [From, To) of the rows that are inside the image.
   template <int R, int P, int T, int From, int To, bool Upper, bool Lower>
   static GK_INLINE void tap(Sums<R, P, T>& sum, const OutConv& conv, const float* x, int64_t step, int64_t line,
-                            const float* const* weight, int64_t offset) {
+                            const float* const* weight, int64_t offset, int64_t ahead) {
     const float* ws[T];
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) ws[t] = weight[t] + offset;
@@ -48,6 +49,8 @@ struct OutRows {
     };
     int c = 0;
     for (; c + L <= conv.C; c += L) {
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) __builtin_prefetch(ws[t] + ahead + c, 0, 2);
       accumulate([c](const float* from) __attribute__((always_inline)) { return load<L>(from + c); });
     }
     if (c < conv.C) {
@@ -60,21 +63,22 @@ struct OutRows {
 
   template <int R, int P, int T, bool Upper, bool Lower>
   static GK_INLINE void taps(Sums<R, P, T>& sum, const OutConv& conv, const float* x, int64_t step, int64_t line,
-                             const float* const* weight, int64_t offset, bool left, bool right) {
+                             const float* const* weight, int64_t offset, int64_t ahead, bool left, bool right) {
     const int S = conv.size.S;
     for (int s = 0; s < S; ++s, x += conv.C, offset += conv.C) {
       if (left && s == 0) {
-        tap<R, P, T, 1, P, Upper, Lower>(sum, conv, x, step, line, weight, offset);
+        tap<R, P, T, 1, P, Upper, Lower>(sum, conv, x, step, line, weight, offset, ahead);
       } else if (right && s == S - 1) {
-        tap<R, P, T, 0, P - 1, Upper, Lower>(sum, conv, x, step, line, weight, offset);
+        tap<R, P, T, 0, P - 1, Upper, Lower>(sum, conv, x, step, line, weight, offset, ahead);
       } else {
-        tap<R, P, T, 0, P, Upper, Lower>(sum, conv, x, step, line, weight, offset);
+        tap<R, P, T, 0, P, Upper, Lower>(sum, conv, x, step, line, weight, offset, ahead);
       }
     }
   }
 
   template <int R, int P, int T>
-  static void tile(const OutConv& conv, const float* x, const int32_t* channels, int row, int pixel, float* planes) {
+  static void tile(const OutConv& conv, const float* x, const int32_t* channels, int row, int pixel, int64_t ahead,
+                   float* planes) {
     const Geometry& g = conv.size;
     const int S = g.S;
     const int64_t filter = int64_t{S} * S * conv.C;
@@ -89,13 +93,13 @@ struct OutRows {
       const int64_t offset = int64_t{r} * S * conv.C;
       const bool upper = inside(g, first), lower = R == 2 && inside(g, first + g.stride);
       if constexpr (R == 1) {
-        if (upper) taps<R, P, T, true, false>(sum, conv, in, step, line, weight, offset, left, right);
+        if (upper) taps<R, P, T, true, false>(sum, conv, in, step, line, weight, offset, ahead, left, right);
       } else if (upper && lower) {
-        taps<R, P, T, true, true>(sum, conv, in, step, line * g.stride, weight, offset, left, right);
+        taps<R, P, T, true, true>(sum, conv, in, step, line * g.stride, weight, offset, ahead, left, right);
       } else if (upper) {
-        taps<R, P, T, true, false>(sum, conv, in, step, line * g.stride, weight, offset, left, right);
+        taps<R, P, T, true, false>(sum, conv, in, step, line * g.stride, weight, offset, ahead, left, right);
       } else if (lower) {
-        taps<R, P, T, false, true>(sum, conv, in, step, line * g.stride, weight, offset, left, right);
+        taps<R, P, T, false, true>(sum, conv, in, step, line * g.stride, weight, offset, ahead, left, right);
       }
     }
 #pragma GCC unroll 4
@@ -120,7 +124,7 @@ struct OutRows {
     }
   }
 
-  using Tile = void (*)(const OutConv&, const float*, const int32_t*, int, int, float*);
+  using Tile = void (*)(const OutConv&, const float*, const int32_t*, int, int, int64_t, float*);
   using ByChannels = std::array<Tile, 4>;
 
   template <int R, int P>
@@ -143,15 +147,27 @@ struct OutRows {
     static constexpr auto kTiles = table<R, Most>();
     const RowCut cut(conv.size.OW, Most);
     const int most = channels_for(R * (cut.size + (cut.larger ? 1 : 0)));
-    for (int j = 0; j < count; j += most) {
-      const int many = count - j < most ? count - j : most;
-      for (int y = row; y + R <= end; y += R) {
-        int pixel = 0;
-        for (int i = 0; i < cut.tiles; ++i) {
-          const int width = cut.size + (i < cut.larger ? 1 : 0);
-          kTiles[width - 1][many - 1](conv, x, channels + j, y, pixel, planes + j * conv.plane);
-          pixel += width;
+    // Column by column, so that the rows of a column stay in the first-level cache; all channels of some rows of it,
+    // where these rows are small enough to stay there for all of them.
+    const int64_t row_bytes = int64_t{cut.size + 3} * conv.size.stride * conv.C * static_cast<int64_t>(sizeof(float));
+    const int few = static_cast<int>(kColumnBytes / (row_bytes * conv.size.stride)) / R * R;
+    const int band = few >= 4 * R ? few : end - row;
+    for (int from = row; from + R <= end; from += band) {
+      const int to = from + band < end ? from + band : end;
+      int pixel = 0;
+      for (int i = 0; i < cut.tiles; ++i) {
+        const int width = cut.size + (i < cut.larger ? 1 : 0);
+        for (int j = 0; j < count; j += most) {
+          const int many = count - j < most ? count - j : most;
+          const Tile tile = kTiles[width - 1][many - 1];
+          // The first tile that uses these weights fetches the next ones, which may lie anywhere.
+          const int next = j + most < count ? channels[j + most] - channels[j] : 0;
+          int64_t ahead = from == row && i == 0 ? next * (int64_t{conv.size.S} * conv.size.S * conv.C) : 0;
+          for (int y = from; y + R <= to; y += R, ahead = 0) {
+            tile(conv, x, channels + j, y, pixel, ahead, planes + j * conv.plane);
+          }
         }
+        pixel += width;
       }
     }
   }
