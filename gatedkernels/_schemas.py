@@ -27,7 +27,6 @@ SCHEMAS = (
     " int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     "gated_block_cpu(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
     " Tensor? residual, int stride) -> Tensor",
-    "pack_rows(Tensor weight) -> Tensor",
     "channel_gate(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
     "packed_block(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor mask,"
     " Tensor? residual, SymInt stride) -> Tensor",

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -34,7 +35,7 @@ DataDir = Annotated[
 def main() -> None:
     """Run the command line."""
     with _explained():
-        app()
+        app(prog_name="gatedkernels")
 
 
 @contextmanager
@@ -58,13 +59,17 @@ def train(context: typer.Context, recipe: str, run_dir: Path, resume: bool, **op
     After each epoch the run can be killed and continued with --resume, to the same losses.
     """
     from gatedkernels.training.run import train_run
+    from gatedkernels.training.run_folder import RunFolder
 
     if context.args:
         known = ", ".join(f"--{item.name.replace('_', '-')}" for item in OPTIONS)
         raise typer.BadParameter(f"{context.args[0]} is none of the options --run-dir, --resume, {known}")
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        config = make_config(recipe, **given)
+        if resume:
+            config = replace(RunFolder(run_dir).read_config(), recipe=recipe, **given)
+        else:
+            config = make_config(recipe, **given)
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     train_run(config, run_dir, resume=resume)
@@ -177,11 +182,11 @@ def report(
     batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes, one or several: 1 16 256.")] = None,
 ) -> None:
     """Say what a run's FLOP savings bought in milliseconds, layer by layer and in all."""
-    from gatedkernels.reporting import command
-
     if wrong := [word for word in context.args if not word.isdecimal() or int(word) == 0]:
         raise typer.BadParameter(f"batch sizes must be positive whole numbers, got {wrong[0]!r}")
     batch_sizes = (*(batch_size or ()), *map(int, context.args)) or (1, 16)
+    from gatedkernels.reporting import command
+
     command.report(run, device=device, batch_sizes=batch_sizes)
 
 

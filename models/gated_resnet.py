@@ -38,8 +38,9 @@ class GatedResNet(nn.Module):
         ValueError: If the stem does not exist, a size is out of range, or ``group`` does not divide a width.
     """
 
-    # Convolution and normalisation outside the blocks that may be folded into one.
-    foldable: ClassVar[tuple[tuple[str, str], ...]] = (("conv1", "bn1"),)
+    # Convolution, normalisation and activation outside the blocks, for `optimize` to fold into one.
+    foldable: ClassVar[tuple[tuple[str, str, str], ...]] = (("conv1", "bn1", "relu"),)
+    default_branch: Branch = "gated"  # an optimised copy serves one branch, and it may be the other
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class GatedResNet(nn.Module):
     def forward(
         self,
         x: Tensor,
-        branch: Branch = "gated",
+        branch: Branch | None = None,
         masks: Mapping[str, Tensor] | None = None,
         return_gates: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, Gate]]:
@@ -106,7 +107,7 @@ class GatedResNet(nn.Module):
 
         Args:
             x: Images, shape (N, 3, H, W).
-            branch: "gated", or "dense", where gates are neither evaluated nor applied.
+            branch: "gated" (the default), or "dense", where gates are neither evaluated nor applied.
             masks: Masks by gate key, bool, shape (N, C / group), instead of what these gates would decide.
             return_gates: Whether to return the decisions as well.
 
@@ -119,6 +120,7 @@ class GatedResNet(nn.Module):
             ValueError: If the branch does not exist, is dense and masks are given, a key names no gate, or shapes
                 disagree.
         """
+        branch = branch or self.default_branch
         check_branch(branch)
         masks = self._check_masks(branch, masks)
         gates: dict[str, Gate] = {}

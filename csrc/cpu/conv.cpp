@@ -164,11 +164,6 @@ Tensor packed_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, 
                 open ? open->const_data_ptr<bool>() : nullptr, residual, stride, relu);
 }
 
-Tensor pack_rows(const Tensor& weight) {
-  check_float(weight, 4);
-  return weight_blocks(weight);
-}
-
 }  // namespace gatedkernels
 
 STABLE_TORCH_LIBRARY_IMPL(gatedkernels, CPU, m) {
@@ -176,5 +171,4 @@ STABLE_TORCH_LIBRARY_IMPL(gatedkernels, CPU, m) {
   m.impl("conv_out_cpu", TORCH_BOX(&gatedkernels::conv_out));
   m.impl("gated_conv2d_cpu", TORCH_BOX(&gatedkernels::gated_conv2d));
   m.impl("packed_conv2d", TORCH_BOX(&gatedkernels::packed_conv2d));
-  m.impl("pack_rows", TORCH_BOX(&gatedkernels::pack_rows));
 }

@@ -1,6 +1,7 @@
 """What one layer costs, as a product that gates can shrink."""
 
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 from torch import nn
 
@@ -40,7 +41,24 @@ class ConvCost:
         return 0 if self.is_overhead else self.full
 
 
-def output_size(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
+class ConvShape(NamedTuple):
+    """What a convolution is without its weights; the fields are those of ``nn.Conv2d``."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> "ConvShape":
+        """Shape of a convolution whose padding is given in numbers."""
+        return cls(*(cast(tuple[int, int], getattr(conv, field)) for field in cls._fields))  # type: ignore[arg-type]
+
+
+def output_size(conv: nn.Conv2d | ConvShape, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width of a convolution's output for those of its input.
 
     Raises:
@@ -58,7 +76,7 @@ def output_size(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
 
 def conv_cost(
     name: str,
-    conv: nn.Conv2d,
+    conv: nn.Conv2d | ConvShape,
     out_size: tuple[int, int],
     *,
     in_gate: str | None = None,

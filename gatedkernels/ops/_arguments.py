@@ -10,12 +10,12 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def pair(name: str, value: int | Sequence[int], at_least: int) -> tuple[int, int]:
     """``value`` for height and width, from one int or two."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) != 2 or not all(isinstance(v, int) for v in values):
         raise TypeError(f"{name} must be an int or two ints, got {value!r}")
     if min(values) < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value!r}")
-    return values  # type: ignore[return-value]
+    return values
 
 
 def check_images(name: str, x: Tensor) -> None:

@@ -1,0 +1,106 @@
+"""The operators behind `optimize`: weights in the kernels' own layouts, as ordinary tensors.
+
+Two layouts of filters (K, C, S, S): rows, (K, S, S, C), which is the channels-last layout of the same filters, and
+blocks, (ceil(K / 32), C, S, S, 32), zeros where K ends. The CPU library computes from them in float32; elsewhere the
+definitions below serve, from the same tensors.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, linear, pad
+
+from gatedkernels import _extension
+from gatedkernels.ops.gated_block.reference import gated_block_reference
+from gatedkernels.ops.gated_conv2d.reference import masked
+
+BLOCK = 32
+
+
+def pack_rows(weight: Tensor) -> Tensor:
+    """Filters (K, C, S, S) as rows."""
+    return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def unpack_rows(rows: Tensor) -> Tensor:
+    """The inverse of ``pack_rows``, a view."""
+    return rows.permute(0, 3, 1, 2)
+
+
+def pack_blocks(weight: Tensor) -> Tensor:
+    """Filters (K, C, S, S) as blocks."""
+    padded = pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % BLOCK))
+    return padded.unflatten(0, (-1, BLOCK)).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def unpack_blocks(blocks: Tensor, out_channels: int) -> Tensor:
+    """The inverse of ``pack_blocks``."""
+    return blocks.permute(0, 4, 1, 2, 3).flatten(0, 1)[:out_channels]
+
+
+def _channel_gate(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    return linear(linear(x.mean((2, 3)), weight1, bias1).relu(), weight2, bias2) >= 0
+
+
+def _packed_block(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    mask: Tensor,
+    residual: Tensor | None,
+    stride: int,
+) -> Tensor:
+    filters2 = unpack_blocks(weight2, len(bias2))
+    y = gated_block_reference(x, unpack_rows(weight1), bias1, filters2, bias2, mask, residual, (stride, stride))
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _packed_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    stride: int,
+    relu: bool,
+) -> Tensor:
+    y = conv2d(masked(x, in_mask), unpack_blocks(weight, out_channels), bias, stride, weight.shape[2] // 2)
+    y = y if residual is None else y + residual
+    y = masked(y.relu() if relu else y, out_mask)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+DEFINITIONS: dict[str, Callable[..., Tensor]] = {
+    "channel_gate": _channel_gate,
+    "packed_block": _packed_block,
+    "packed_conv2d": _packed_conv2d,
+}
+for _name, _definition in DEFINITIONS.items():
+    torch.library.impl(f"gatedkernels::{_name}", "CUDA", _definition)
+    if _extension.CPU_ERROR is not None:
+        torch.library.impl(f"gatedkernels::{_name}", "CPU", _definition)
+
+
+def _images(x: Tensor, channels: int, stride: int) -> Tensor:
+    size = ((x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
+    return x.new_empty((x.shape[0], channels, *size)).to(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("gatedkernels::channel_gate")
+def _(x, weight1, bias1, weight2, bias2):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], weight2.shape[0]), dtype=torch.bool)
+
+
+@torch.library.register_fake("gatedkernels::packed_block")
+def _(x, weight1, bias1, weight2, bias2, mask, residual, stride):  # type: ignore[no-untyped-def]
+    return _images(x, bias2.shape[0], stride)
+
+
+@torch.library.register_fake("gatedkernels::packed_conv2d")
+def _(x, weight, bias, in_mask, out_mask, residual, out_channels, stride, relu):  # type: ignore[no-untyped-def]
+    return _images(x, out_channels, stride)
