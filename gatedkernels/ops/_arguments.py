@@ -48,6 +48,8 @@ def check_weight(
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if weight.ndim != 4:
         raise ValueError(f"{name} must have shape (K, C / groups, R, S), got {tuple(weight.shape)}")
+    if not isinstance(groups, int):
+        raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1 or in_channels % groups or weight.shape[0] % groups:
         raise ValueError(f"groups must divide {in_channels} and {weight.shape[0]} channels, got {groups}")
     check_like(name, weight, (weight.shape[0], in_channels // groups, *weight.shape[2:]), x)
@@ -63,6 +65,8 @@ def expand_mask(name: str, mask: Tensor | None, channels: int, group: int, x: Te
         raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must have dtype torch.bool, got {mask.dtype}")
+    if not isinstance(group, int):
+        raise TypeError(f"group must be an int, got {group!r}")
     if group < 1 or channels % group:
         raise ValueError(f"group must divide the {channels} channels that {name} decides on, got {group}")
     if tuple(mask.shape) != (x.shape[0], channels // group):
@@ -93,19 +97,27 @@ def output_size(
     return height, width
 
 
-def check_fits(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
+def check_fits(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> None:
     """The window must fit into the padded image."""
     if min(output_size(x, weight, stride, padding, dilation)) < 1:
         raise ValueError(f"x must be at least as large as the window {tuple(weight.shape[2:])}, got {tuple(x.shape)}")
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype that autocast asks for on their device, where it is on."""
-    device = next(t.device.type for t in tensors if t is not None)
+    """The tensors in the dtype that autocast asks for on the first one's device, where it is on."""
+    assert tensors[0] is not None
+    device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor  # type: ignore[union-attr]
+
+    return tuple(map(cast, tensors))
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -66,7 +66,7 @@ def test_unknown_recipe_lists_the_choices():
 
 
 def test_unknown_option_lists_the_choices():
-    with pytest.raises(ValueError, match="option must be one of .*epochs.*, got 'epoch'"):
+    with pytest.raises(ValueError, match=r"option must be one of .*epochs.*, got 'epoch'"):
         make_config("vicreg-dual", epoch=3)
 
 

@@ -64,7 +64,9 @@ def test_limit_keeps_the_balance():
 def test_limit_keeps_files_and_labels_together(tmp_path: Path):
     data = load_data("imagefolder", write_folder(tmp_path), limit=4)
     assert data.train.labels.tolist() == [0, 0, 1, 1]
-    assert all((image.float().mean() > 50) == bool(label) for image, label in zip(data.train, [0, 0, 1, 1], strict=False))
+    assert all(
+        (image.float().mean() > 50) == bool(label) for image, label in zip(data.train, [0, 0, 1, 1], strict=False)
+    )
 
 
 def test_corrupt_image_is_named(tmp_path: Path):

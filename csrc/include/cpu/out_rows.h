@@ -108,16 +108,18 @@ struct OutRows {
       for (int i = 0; i < R; ++i) {
         float* to = planes + t * conv.plane + int64_t{row + i} * g.OW + pixel;
 #pragma GCC unroll 2
-        for (int p = 0; p < P; p += 4) {
+        for (int q = 0; q < P; q += 4) {
+          // Four pixels at a time; the last four overlap with those before them rather than end in a partial store.
+          const int p = q + 4 <= P ? q : P > 4 ? P - 4 : 0;
           constexpr int last = P - 1;
           Quad y = sums<L>(sum.at[i][p][t], sum.at[i][p + 1 < P ? p + 1 : last][t],
                            sum.at[i][p + 2 < P ? p + 2 : last][t], sum.at[i][p + 3 < P ? p + 3 : last][t]);
           if (conv.bias) y += broadcast<4>(conv.bias[channels[t]]);
           if (conv.relu) y = at_least_zero<4>(y);
-          if (P - p >= 4) {
+          if constexpr (P >= 4) {
             store<4>(to + p, y);
           } else {
-            store_first<4>(to + p, y, P - p);
+            store_first<4>(to, y, P);
           }
         }
       }

@@ -1,5 +1,8 @@
 """The in-gated convolution: reads packed channels and the matching filters."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,21 +14,27 @@ from gatedkernels.ops.plan.reference import mask_of, pack, unpack
 
 
 def _launch_cpu(
-    packed: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, *geometry: object
+    packed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    count: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> Tensor:
-    stride, padding, dilation = geometry
-    problem = policy.cpu_problem(packed, weight, stride, padding, dilation, 1)  # type: ignore[arg-type]
+    problem = policy.cpu_problem(packed, weight, stride, padding, dilation, 1)
     if problem:
         raise ValueError(f"backend 'cpu' {problem}")
-    return torch.ops.gatedkernels.conv_in_cpu(packed, weight, bias, index, count, stride[0])  # type: ignore[index]
+    return torch.ops.gatedkernels.conv_in_cpu(packed, weight, bias, index, count, stride[0])
 
 
-LAUNCHERS = {"reference": conv_in_reference, "cpu": _launch_cpu}
+LAUNCHERS: dict[str, Callable[..., Tensor]] = {"reference": conv_in_reference, "cpu": _launch_cpu}
 
 
-def _forward(*args: object) -> Tensor:
+def _forward(*args: Any) -> Tensor:
     *tensors_and_geometry, _, backend = args
-    return LAUNCHERS[backend](*tensors_and_geometry).contiguous()  # type: ignore[index,arg-type]
+    return LAUNCHERS[backend](*tensors_and_geometry).contiguous()
 
 
 torch.library.impl("gatedkernels::conv_in", ("CPU", "CUDA"), _forward)

@@ -1,6 +1,7 @@
 """The out-gated convolution: only the active output channels, packed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +14,28 @@ from gatedkernels.ops.plan.reference import mask_of, unpack
 
 
 def _launch_cpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, *geometry: object
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    count: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    relu: bool,
 ) -> Tensor:
-    stride, padding, dilation, relu = geometry
-    problem = policy.cpu_problem(x, weight, stride, padding, dilation, 1)  # type: ignore[arg-type]
+    problem = policy.cpu_problem(x, weight, stride, padding, dilation, 1)
     if problem:
         raise ValueError(f"backend 'cpu' {problem}")
-    return torch.ops.gatedkernels.conv_out_cpu(x, weight, bias, index, count, stride[0], relu)  # type: ignore[index]
+    return torch.ops.gatedkernels.conv_out_cpu(x, weight, bias, index, count, stride[0], relu)
 
 
-LAUNCHERS = {"reference": conv_out_reference, "cpu": _launch_cpu}
+LAUNCHERS: dict[str, Callable[..., Tensor]] = {"reference": conv_out_reference, "cpu": _launch_cpu}
 
 
-def _forward(*args: object) -> Tensor:
+def _forward(*args: Any) -> Tensor:
     *tensors_and_geometry, backend = args
-    packed = LAUNCHERS[backend](*tensors_and_geometry)  # type: ignore[index,arg-type]
-    return packed.contiguous()
+    return LAUNCHERS[backend](*tensors_and_geometry).contiguous()
 
 
 torch.library.impl("gatedkernels::conv_out", ("CPU", "CUDA"), _forward)

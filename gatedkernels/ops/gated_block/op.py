@@ -1,6 +1,6 @@
 """The gated residual block in one operation: conv, ReLU, mask, conv, residual, ReLU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,11 @@ def _launch_cpu(
     return torch.ops.gatedkernels.gated_block_cpu(x, weight1, bias1, weight2, bias2, mask, residual, stride[0])
 
 
-LAUNCHERS = {"reference": gated_block_reference, "dense": gated_block_reference, "cpu": _launch_cpu}
+LAUNCHERS: dict[str, Callable[..., Tensor]] = {
+    "reference": gated_block_reference,
+    "dense": gated_block_reference,
+    "cpu": _launch_cpu,
+}
 
 
 def _forward(
@@ -140,6 +144,7 @@ def gated_block(
         raise TypeError("mask must be a tensor, got None")
     mask = arguments.expand_mask("mask", mask, weight1.shape[0], group, x)  # type: ignore[assignment]
     strides = arguments.pair("stride", stride, 1)
+    arguments.check_fits(x, weight1, strides, (1, 1), (1, 1))
     if residual is not None:
         size = arguments.output_size(x, weight1, strides, (1, 1), (1, 1))
         arguments.check_like("residual", residual, (x.shape[0], weight2.shape[0], *size), x)

@@ -1,6 +1,6 @@
 """Convolve only the channels whose gates are open: schema, checks, launchers, gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,20 +14,27 @@ Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 
 def _launch_cpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, in_mask: Tensor | None, out_mask: Tensor | None, *geometry: object
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    problem = policy.cpu_problem(x, weight, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    problem = policy.cpu_problem(x, weight, stride, padding, dilation, groups)
     if problem:
         raise ValueError(f"backend 'cpu' {problem}")
-    return torch.ops.gatedkernels.gated_conv2d_cpu(x, weight, bias, in_mask, out_mask, stride[0])  # type: ignore[index]
+    return torch.ops.gatedkernels.gated_conv2d_cpu(x, weight, bias, in_mask, out_mask, stride[0])
 
 
 def _launch_cuda(*args: object) -> Tensor:
     return torch.ops.gatedkernels.gated_conv2d_cuda(*args)
 
 
-LAUNCHERS = {
+LAUNCHERS: dict[str, Callable[..., Tensor]] = {
     "reference": gated_conv2d_reference,
     "dense": gated_conv2d_reference,
     "cpu": _launch_cpu,
@@ -65,7 +72,9 @@ def _forward(
     return y.contiguous(memory_format=arguments.memory_format(x))
 
 
-def _shrink(dy: Tensor, x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _shrink(
+    dy: Tensor, x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """Channels of x and of dy that at least one sample keeps; None where that is every channel."""
     kept_in = None if in_mask is None else in_mask.any(0).nonzero()[:, 0]
     kept_out = None if out_mask is None else out_mask.any(0).nonzero()[:, 0]
@@ -176,7 +185,19 @@ def _(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups, den
 
 @torch.library.register_fake("gatedkernels::gated_conv2d_backward")
 def _(  # type: ignore[no-untyped-def]
-    dy, x, weight, in_mask, out_mask, stride, padding, dilation, groups, dense_input_grad, output_mask, backend, threshold
+    dy,
+    x,
+    weight,
+    in_mask,
+    out_mask,
+    stride,
+    padding,
+    dilation,
+    groups,
+    dense_input_grad,
+    output_mask,
+    backend,
+    threshold,
 ):
     return (
         x.new_empty(x.shape).to(memory_format=arguments.memory_format(x)) if output_mask[0] else x.new_empty(0),

@@ -20,8 +20,6 @@ def views() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(6, 3, 16, 16, generator=generator), torch.randn(6, 3, 16, 16, generator=generator)
 
 
-
-
 def test_loss_is_the_sum_of_its_terms():
     first, second = views()
     module = method()

@@ -1,0 +1,96 @@
+"""What the tests of the operations share: inputs of every layout, and the error budget."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted", "expanded")
+
+
+def _images(
+    shape: Sequence[int], layout: str = "contiguous", dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Tensor:
+    n, c, h, w = shape
+    if layout == "expanded":  # one sample for all
+        return torch.randn(1, c, h, w, device=device).to(dtype).expand(n, c, h, w)
+    x = torch.randn(n, c, h, w, device=device).to(dtype)
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":  # every other channel and a part of every image, NaN around them
+        wide = torch.full((n, 2 * c, h + 2, w + 3), torch.nan, dtype=dtype, device=device)
+        return wide[:, ::2, 1 : h + 1, 2 : w + 2].copy_(x)
+    if layout == "permuted":
+        return x.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
+    assert layout == "contiguous"
+    return x
+
+
+def _error(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).norm())
+
+
+def _assert_within_budget(actual: Tensor, exact: Tensor, torchs: Tensor, name: str = "result") -> None:
+    assert exact.dtype == torch.float64
+    assert actual.shape == exact.shape, name
+    assert actual.dtype == torchs.dtype, name
+    # In float64 there is no exact result to compare with: only another order of summation.
+    rounding = 100 if actual.dtype == torch.float64 else 1
+    budget = 2 * _error(torchs, exact) + rounding * torch.finfo(actual.dtype).eps * float(exact.norm())
+    error = _error(actual, exact)  # NaN, where an element is, and then no budget holds
+    assert error <= budget, f"{name}: error {error:.3g} of a norm of {float(exact.norm()):.3g}, budget {budget:.3g}"
+
+
+def _gradients(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor | None], rounded_to: torch.dtype | None = None
+) -> list[Tensor | None]:
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(rounded_to or y.dtype)
+    y.backward(dy.to(y.device, y.dtype))
+    return [y.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)]
+
+
+@pytest.fixture(scope="session", params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    """Every layout of memory an image batch comes in."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def images() -> Callable[..., Tensor]:
+    """``images(shape, layout, dtype)``: normal random images of that layout."""
+    return _images
+
+
+@pytest.fixture(scope="session")
+def assert_within_budget() -> Callable[..., None]:
+    """``assert_within_budget(actual, exact, torchs)``: at most twice the error of PyTorch in that dtype, and one eps."""
+    return _assert_within_budget
+
+
+@pytest.fixture(scope="session")
+def gradients() -> Callable[..., list[Tensor | None]]:
+    """``gradients(function, tensors)``: the result and the gradient of every tensor, for one random dy."""
+    return _gradients
+
+
+@pytest.fixture(scope="session")
+def compare() -> Callable[..., None]:
+    """``compare(function, definition, tensors)``: the result and every gradient are within budget."""
+
+    def _compare(
+        function: Callable[..., Tensor], definition: Callable[..., Tensor], tensors: Sequence[Tensor | None]
+    ) -> None:
+        actual = _gradients(function, tensors)
+        torchs = _gradients(definition, tensors)
+        assert actual[0] is not None
+        wide = [None if t is None else t.double() for t in tensors]
+        exact = _gradients(definition, wide, rounded_to=actual[0].dtype)
+        for i, (a, e, t) in enumerate(zip(actual, exact, torchs, strict=True)):
+            assert (a is None) == (e is None)
+            if a is not None and e is not None and t is not None:
+                _assert_within_budget(a, e, t, f"gradient {i}" if i else "forward")
+
+    return _compare
