@@ -138,6 +138,13 @@ def test_evaluate_only_what_is_asked_for(trained: Path, monkeypatch: pytest.Monk
     assert set(results["accuracy"]["gated"]) == {"knn1", "knn1_folds"}
 
 
+def test_evaluate_on_new_crops(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gatedkernels.training.evaluation.linear.EPOCHS", 3)
+    assert run("evaluate", trained, "--augmented", monkeypatch=monkeypatch) == 0
+    accuracy = json.loads((trained / "evaluation.json").read_text())["accuracy"]
+    assert set(accuracy["gated"]) == set(accuracy["dense"]) == {"linear_augmented"}
+
+
 def test_masks(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "masks" / "synthetic.json"
     assert run("masks", trained, "--out", out, "--limit", 32, monkeypatch=monkeypatch) == 0

@@ -137,8 +137,9 @@ def train(
 
     Raises:
         RunError: If the checkpoint is damaged.
-        TrainingError: If the loss is no number any more.
+        TrainingError: If the device is missing or lacks the precision, or the loss is no number any more.
     """
+    _check_device(config)
     checkpoint: Path | None = None
     steps = 0
     if resume and folder.checkpoint_file.exists():
@@ -149,6 +150,15 @@ def train(
         _trainer(config, folder, steps, progress).fit(
             module, view_loader(data, config), ckpt_path=checkpoint, weights_only=True
         )
+
+
+def _check_device(config: TrainConfig) -> None:
+    """Refuse what would silently become something else."""
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise TrainingError("device must be available, got cuda where torch finds no GPU")
+    if config.precision == "16-mixed" and (config.device == "cpu" or not has_cuda):
+        raise TrainingError("precision must be 32 or bf16-mixed on a CPU, got 16-mixed")
 
 
 def _trainer(config: TrainConfig, folder: RunFolder, steps: int, progress: bool) -> pl.Trainer:

@@ -16,6 +16,8 @@ from gatedkernels.training.seeds import derived_seed
 if TYPE_CHECKING:
     from gatedkernels.training.methods import VICRegDual
 
+Backbone = GatedResNet
+
 
 def vicreg_dual(**options: Any) -> TrainConfig:
     """VICReg-Dual-Gating as the paper has it for CIFAR-10: 500 epochs of full-width ResNet-18 in batches of 256."""
@@ -57,7 +59,7 @@ def make_config(recipe: str, **options: Any) -> TrainConfig:
     return RECIPES[recipe](**options)
 
 
-def build_backbone(config: TrainConfig) -> GatedResNet:
+def build_backbone(config: TrainConfig) -> Backbone:
     """Build the network of a run as it is before training; the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed("weights", config.seed))
@@ -71,7 +73,7 @@ def build_backbone(config: TrainConfig) -> GatedResNet:
         )
 
 
-def backbone_costs(backbone: GatedResNet, config: TrainConfig) -> list[ConvCost]:
+def backbone_costs(backbone: Backbone, config: TrainConfig) -> list[ConvCost]:
     """Count what the backbone's layers cost for one image of the run's size."""
     device = next(backbone.parameters()).device
     return gated_flops(backbone, torch.zeros(1, 3, config.image_size, config.image_size, device=device))

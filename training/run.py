@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from gatedkernels.models import GatedResNet
 from gatedkernels.training.augment import plain_view
 from gatedkernels.training.config import Device, Measure, TrainConfig
 from gatedkernels.training.data import Data, load_data
@@ -18,7 +17,7 @@ from gatedkernels.training.evaluation import (
     mask_report,
 )
 from gatedkernels.training.loop import start_run, train
-from gatedkernels.training.recipes import backbone_costs, build_backbone, build_method
+from gatedkernels.training.recipes import Backbone, backbone_costs, build_backbone, build_method
 from gatedkernels.training.run_folder import RunFolder, write_json
 
 
@@ -34,7 +33,7 @@ def train_run(config: TrainConfig, path: Path, *, resume: bool = False, progress
     Raises:
         RunError: If the folder is in use, cannot be written, or does not hold what it should.
         DataError: If the images cannot be read.
-        TrainingError: If the loss is no number any more.
+        TrainingError: If the device is missing or lacks the precision, or the loss is no number any more.
     """
     folder = RunFolder(path)
     with folder.locked():
@@ -43,7 +42,7 @@ def train_run(config: TrainConfig, path: Path, *, resume: bool = False, progress
         train(build_method(config), data, config, folder, resume=resume, progress=progress)
 
 
-def load_run(path: Path) -> tuple[TrainConfig, GatedResNet]:
+def load_run(path: Path) -> tuple[TrainConfig, Backbone]:
     """Load a trained backbone.
 
     Args:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from gatedkernels.training.config import TrainConfig
 from gatedkernels.training.errors import RunError
+
+# What torch.load raises for files that are cut off, damaged, something else, or would execute code.
+_UNREADABLE = (AttributeError, EOFError, KeyError, OSError, RuntimeError, UnpicklingError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class RunFolder:
         self._require(self.checkpoint_file)
         try:
             checkpoint = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load documents none of the many it raises
+        except _UNREADABLE as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RunError(
                 f"{self.checkpoint_file} must be a complete checkpoint: {reason}. Nothing was changed; "

@@ -109,7 +109,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the dtype that autocast asks for on the first one's device, where it is on."""
     assert tensors[0] is not None
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
 

@@ -146,6 +146,22 @@ def test_mixed_precision(tmp_path: Path, finished: Path):
     assert float(mixed[0]) == pytest.approx(float(full[0]), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, "device must be available, got cuda where torch finds no GPU"),
+        ({"precision": "16-mixed"}, "precision must be 32 or bf16-mixed on a CPU, got 16-mixed"),
+    ],
+    ids=["device", "precision"],
+)
+def test_what_the_machine_lacks_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(TrainingError, match=message):
+        train_run(small(**options), tmp_path / "run", progress=False)
+
+
 def test_too_few_images(tmp_path: Path):
     with pytest.raises(ValueError, match="batch_size must be at most the 32 training images, got 64"):
         train_run(small(batch_size=64), tmp_path / "run", progress=False)

@@ -21,7 +21,7 @@ def linear_accuracy(
     test: Features,
     *,
     seed: int = 0,
-    epochs: int = EPOCHS,
+    epochs: int | None = None,
     epoch_features: Callable[[int], Tensor] | None = None,
 ) -> float:
     """Train a linear classifier on frozen features and return its test accuracy after the last epoch.
@@ -33,13 +33,14 @@ def linear_accuracy(
         train: Features of the training images.
         test: Features of the test images.
         seed: Decides the initial weights and the order of the images.
-        epochs: Length of the training.
+        epochs: Length of the training; None: 100.
         epoch_features: Returns the features of the training images for an epoch, newly augmented, as the protocol has
             it; None: ``train`` in every epoch, which costs one pass through the backbone instead of a hundred.
 
     Returns:
         The share of test images classified correctly.
     """
+    epochs = epochs or EPOCHS
     num_classes = int(train.labels.max()) + 1
     generator = torch.Generator().manual_seed(derived_seed("linear", seed))
     classifier = nn.Linear(train.values.shape[1], num_classes)

@@ -163,7 +163,7 @@ struct InRows {
   static void walk(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int last,
                    int row, int end, const float* residual, float* y) {
     static constexpr auto kTiles = table<S, Unit, R, Most>();
-    const RowCut cut(conv.size.OW, Most);
+    const RowCut cut(conv.size.OW, (conv.size.OW + Most - 1) / Most);
     const int lanes = last * kBlock < conv.K ? last * kBlock : conv.K;
     bool cold = true;
     for (int oy = row; oy + R <= end; oy += R) {

@@ -8,7 +8,7 @@ namespace gatedkernels {
 
 template <int L>
 struct OutRows {
-  static constexpr int kMostPixels = L == 16 ? 8 : 4;
+  static constexpr int kMostPixels = L == 16 ? 12 : 6;
   static constexpr int64_t kColumnBytes = 20 << 10;
 
   // Output channels in a tile of this many pixels.
@@ -38,7 +38,7 @@ struct OutRows {
       }
 #pragma GCC unroll 2
       for (int i = Upper ? 0 : 1; i < (Lower ? 2 : 1); ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int p = From; p < To; ++p) {
           Vector<L> v = read(x + i * line + p * step);
           pin<L>(v);
@@ -107,7 +107,7 @@ struct OutRows {
 #pragma GCC unroll 2
       for (int i = 0; i < R; ++i) {
         float* to = planes + t * conv.plane + int64_t{row + i} * g.OW + pixel;
-#pragma GCC unroll 2
+#pragma GCC unroll 3
         for (int q = 0; q < P; q += 4) {
           // Four pixels at a time; the last four overlap with those before them rather than end in a partial store.
           const int p = q + 4 <= P ? q : P > 4 ? P - 4 : 0;
@@ -143,12 +143,24 @@ struct OutRows {
     }(std::make_integer_sequence<int, Most>{});
   }
 
+  // Every tile costs the same beside its arithmetic: as few of them as possible, counted for one output channel.
+  template <int R, int Most>
+  static RowCut best_cut(int width) {
+    const int fewest = (width + Most - 1) / Most;
+    RowCut best(width, fewest);
+    for (int tiles = fewest + 1; tiles <= width && tiles <= 4 * fewest; ++tiles) {
+      const RowCut cut(width, tiles);
+      if (cut.tiles * channels_for(R * best.widest()) <= best.tiles * channels_for(R * cut.widest())) best = cut;
+    }
+    return best;
+  }
+
   template <int R, int Most>
   static void walk(const OutConv& conv, const float* x, const int32_t* channels, int count, int row, int end,
                    float* planes) {
     static constexpr auto kTiles = table<R, Most>();
-    const RowCut cut(conv.size.OW, Most);
-    const int most = channels_for(R * (cut.size + (cut.larger ? 1 : 0)));
+    const RowCut cut = best_cut<R, Most>(conv.size.OW);
+    const int most = channels_for(R * cut.widest());
     // Column by column, so that the rows of a column stay in the first-level cache; all channels of some rows of it,
     // where these rows are small enough to stay there for all of them.
     const int64_t row_bytes = int64_t{cut.size + 3} * conv.size.stride * conv.C * static_cast<int64_t>(sizeof(float));
@@ -176,7 +188,7 @@ struct OutRows {
 
   static void run(const OutConv& conv, const float* x, const int32_t* channels, int count, int row, int end,
                   float* planes) {
-    constexpr int kNarrow = kMostPixels / 2;  // images this narrow fill a tile with two rows
+    constexpr int kNarrow = L == 16 ? 4 : 2;  // images this narrow fill a tile with two rows
     int paired = row;
     if (conv.size.OW <= kNarrow) {
       paired = row + (end - row) / 2 * 2;

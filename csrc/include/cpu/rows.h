@@ -12,11 +12,13 @@ namespace gatedkernels {
 template <int L>
 constexpr int kAccumulators = L == 16 ? 24 : 12;
 
-// Cuts a row of `width` pixels into the fewest tiles of at most `most`, as even as they come.
+// A row of `width` pixels in `tiles` tiles, as even as they come.
 struct RowCut {
   int tiles, size, larger;  // the first `larger` tiles have size + 1 pixels
 
-  RowCut(int width, int most) : tiles((width + most - 1) / most), size(width / tiles), larger(width % tiles) {}
+  RowCut(int width, int tiles_) : tiles(tiles_), size(width / tiles_), larger(width % tiles_) {}
+
+  int widest() const { return size + (larger ? 1 : 0); }
 };
 
 // Whether a tile's first pixel reads left of the image, and its last one right of it.

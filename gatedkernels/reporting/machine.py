@@ -1,0 +1,82 @@
+"""The machine: what it is, what runs on it, and how fast it can be."""
+
+import ctypes
+import platform
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch.nn.functional import conv2d
+
+from gatedkernels import _extension
+from gatedkernels.reporting.timing import interleave
+
+_PROBE_SECONDS = 0.15
+
+
+def cpu_name() -> str:
+    """The processor's own name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def instruction_set() -> str | None:
+    """The instruction set that the compiled CPU kernels chose, or None where there are none."""
+    path = _extension.find("_cpu")
+    if _extension.CPU_ERROR is not None or path is None:
+        return None
+    library = ctypes.CDLL(str(path))
+    library.gatedkernels_cpu_isa.restype = ctypes.c_char_p
+    return library.gatedkernels_cpu_isa().decode()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers; "missing" for what is not installed."""
+    found = {"python": platform.python_version()}
+    for name in ("gatedkernels", "torch", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def peak_macs(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    """Multiply-adds a second of the fastest dense arithmetic we know: matrix products and large convolutions.
+
+    Measured at the first call for a device, dtype and number of threads; the caller has set the threads.
+    """
+    return _peak_macs(str(device), dtype, threads)
+
+
+def bandwidth(device: torch.device, num_bytes: float, threads: int) -> float:
+    """Bytes a second that a copy moves, read and written, when it works on about so many bytes.
+
+    Measured at the first call for a device, power of two and number of threads; the caller has set the threads.
+    """
+    size = max(1 << 16, min(1 << 28, 1 << round(num_bytes).bit_length()))
+    return _bandwidth(str(device), size, threads)
+
+
+@lru_cache
+def _peak_macs(device: str, dtype: torch.dtype, threads: int) -> float:
+    a, b = (torch.randn(768, 768, device=device, dtype=dtype) for _ in range(2))
+    x = torch.randn(1, 128, 56, 56, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(128, 128, 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    calls = {"product": lambda: a @ b, "convolution": lambda: conv2d(x, weight, padding=1)}
+    macs = {"product": 768**3, "convolution": 9 * 128 * 128 * 56 * 56}
+    samples = interleave(calls, seconds=_PROBE_SECONDS, device=device)
+    return max(macs[name] / min(times) for name, times in samples.items())
+
+
+@lru_cache
+def _bandwidth(device: str, size: int, threads: int) -> float:
+    source = torch.zeros(size // 8, device=device)
+    target = torch.empty_like(source)
+    samples = interleave({"copy": lambda: target.copy_(source)}, seconds=_PROBE_SECONDS, device=device)
+    return size / min(samples["copy"])
