@@ -1,14 +1,34 @@
 """Build gatedkernels: the Python packages, the CPU library always, the CUDA library where a CUDA toolkit is found."""
 
 import os
+import re
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent.resolve()
+
+
+def cuda_toolkit() -> str | None:
+    """The folder of a CUDA toolkit. PyTorch takes the first nvcc on the PATH, which may be a wrapper far from it."""
+    named = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        named.append(str(Path(nvcc).resolve().parent.parent))
+    whole = (home for home in named if home and (Path(home) / "include" / "cuda_runtime.h").is_file())
+    return next((home for home in whole if (Path(home) / "bin" / "nvcc").is_file()), None)
+
+
+TOOLKIT = cuda_toolkit()
+if TOOLKIT:
+    os.environ["CUDA_HOME"] = TOOLKIT  # read by the import below
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
 # Folders beside gatedkernels/ that are installed inside it: "models" and "training" are too generic for site-packages.
 BESIDE = {"gatedkernels.models": "models", "gatedkernels.training": "training"}
 # The oldest CPython and PyTorch that the libraries serve, through the stable interfaces of both.
@@ -52,9 +72,12 @@ def cuda_problem() -> str | None:
     problem = None
     if torch.version.cuda is None:
         problem = f"a CUDA build of PyTorch (found {torch.__version__})"
-    elif CUDA_HOME is None or not (Path(CUDA_HOME) / "include" / "cuda_runtime.h").is_file():
-        # An nvcc on the PATH may be a wrapper, far from its toolkit.
-        problem = "a CUDA toolkit (set CUDA_HOME to the folder that holds include/cuda_runtime.h)"
+    elif TOOLKIT is None:
+        problem = "a CUDA toolkit (set CUDA_HOME to the folder that holds bin/nvcc and include/cuda_runtime.h)"
+    else:
+        release = re.search(r"release (\d+)", subprocess.check_output([f"{TOOLKIT}/bin/nvcc", "--version"], text=True))
+        if release is None or release[1] != torch.version.cuda.split(".")[0]:
+            problem = f"the CUDA toolkit of PyTorch's major version, {torch.version.cuda} (found {TOOLKIT})"
     if problem and wish == "1":
         raise RuntimeError(f"GATEDKERNELS_CUDA=1, but the CUDA library needs {problem}")
     return problem

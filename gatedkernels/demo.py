@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gatedkernels.models import GatedResNet, gated_resnet18
+from gatedkernels.reporting import latency_rows, speedup_plot
 from gatedkernels.training.augment import plain_view
 from gatedkernels.training.config import TrainConfig
 from gatedkernels.training.data import Data
@@ -43,7 +44,7 @@ def run_demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
     report = {**results, "latency": rows}
     write_json(out / "report.json", report)
     write_atomically(out / "report.md", lambda path: path.write_text(markdown(report)))
-    write_atomically(out / "speedup.png", lambda path: plot_speedup(rows, path))
+    write_atomically(out / "speedup.png", lambda path: speedup_plot(rows, path))
     summarize(report, console)
     console.print(f"\nWritten to {out}: report.json, report.md, speedup.png")
     return report
@@ -60,8 +61,6 @@ def measure_latency(backbone: GatedResNet, config: TrainConfig, data: Data) -> l
     Returns:
         One row a network and batch size, as ``latency`` in the report.
     """
-    from gatedkernels.reporting import latency_rows
-
     view = plain_view(config.image_size, data.mean, data.std)
     images = torch.stack([view(data.test[index]) for index in range(max(BATCH_SIZES))])
     trained = latency_rows(backbone, images, width=config.width, batch_sizes=BATCH_SIZES, masks="trained")
@@ -164,29 +163,3 @@ def _latency_cells(row: dict[str, Any]) -> list[str]:
     times = (f"{row[name]:.2f}" for name in ("dense_eager_ms", "dense_best_ms", "masked_ms", "gated_ms"))
     shares = (f"{row['speedup']:.2f}", f"{row['efficiency']:.2f}")
     return [f"{row['width']:g}", str(row["masks"]), str(row["batch"]), f"{row['kept']:.3f}", *times, *shares]
-
-
-def plot_speedup(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot measured speed-ups against the fraction of FLOPs kept, beside what FLOPs alone would give.
-
-    Args:
-        rows: As ``latency`` in the report.
-        path: The PNG file.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    kept = torch.linspace(0.1, 1, 50)
-    axes.plot(kept.tolist(), (1 / kept).tolist(), color="0.6", label="1 / kept")
-    axes.axhline(1, color="0.85", linewidth=1)
-    for width, masks in dict.fromkeys((row["width"], row["masks"]) for row in rows):
-        chosen = [row for row in rows if (row["width"], row["masks"]) == (width, masks)]
-        points = axes.scatter([row["kept"] for row in chosen], [row["speedup"] for row in chosen])
-        points.set_label(f"width {width:g}, masks {masks}")
-        for row in chosen:
-            axes.annotate(f" batch {row['batch']}", (row["kept"], row["speedup"]), fontsize="small")
-    axes.set(xlabel="fraction of FLOPs kept", ylabel="speed-up over the best dense PyTorch", xlim=(0, 1.02))
-    axes.legend()
-    FigureCanvasAgg(figure).print_png(str(path))

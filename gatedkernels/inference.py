@@ -28,6 +28,7 @@ from gatedkernels.ops import gated_block, gated_conv2d
 from gatedkernels.ops.packed import pack_blocks, pack_rows, unpack_blocks, unpack_rows
 
 _ops = torch.ops.gatedkernels
+_WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
 
 
 class Packed(nn.Module):
@@ -73,7 +74,7 @@ class PackedGate(Packed):
     def forward(self, x: Tensor) -> Tensor:
         """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""
         if _is_native(x):
-            return _ops.channel_gate(x, self.weight1, self.bias1, self.weight2, self.bias2)
+            return _ops.channel_gate(x, *map(self._buffers.__getitem__, _WEIGHTS))
         hidden = nn.functional.linear(x.mean((2, 3)), self.weight1, self.bias1).relu()
         return nn.functional.linear(hidden, self.weight2, self.bias2) >= 0
 
@@ -202,7 +203,7 @@ class PackedResidual(Packed):
             conv, norm = block.downsample
             self.downsample = PackedConv2d(cast(nn.Conv2d, conv), norm, relu=False)
 
-    def _masks(self, x: Tensor, branch: str | None, masks: tuple[Tensor | None, ...]) -> None:
+    def _check(self, x: Tensor, branch: str | None, masks: tuple[Tensor | None, ...]) -> None:
         if branch not in (None, self.branch) and not (self.branch == "dense" and branch == "gated"):
             raise ValueError(f"branch must be {self.branch!r}, which this module was optimised for, got {branch!r}")
         for name, mask, shape in zip(self.gate_names, masks, self.shapes, strict=False):
@@ -249,16 +250,18 @@ class PackedBasicBlock(PackedResidual):
         self, x: Tensor, branch: Branch | None = None, mask: Tensor | None = None, return_gate: bool = False
     ) -> Tensor | tuple[Tensor, Gate | None]:
         """Run the block; arguments and result are those of `GatedBasicBlock`."""
-        self._masks(x, branch, (mask,))
-        mask = self._decide("gate", x, mask)
         shape = self.shapes[0]
+        if mask is not None or branch is not None:
+            self._check(x, branch, (mask,))
+        if mask is None and self.gate is not None:
+            mask = self.gate(x)
         if mask is None:
             spread = torch.ones((x.shape[0], shape.out_channels), dtype=torch.bool, device=x.device)
         else:
             spread = _spread(mask, self.group)
         residual = x if self.downsample is None else self.downsample(x)
-        weights = self.weight1, self.bias1, self.weight2, self.bias2
         if _is_native(x) and shape.stride in ((1, 1), (2, 2)):
+            weights = map(self._buffers.__getitem__, _WEIGHTS)  # the attributes, without the search for them
             y = _ops.packed_block(x, *weights, spread, residual, shape.stride[0])
         else:
             weight2 = unpack_blocks(self.weight2, len(self.bias2))
@@ -293,7 +296,7 @@ class PackedBottleneck(PackedResidual):
     ) -> Tensor | tuple[Tensor, tuple[Gate | None, Gate | None]]:
         """Run the block; arguments and result are those of `GatedBottleneck`."""
         brought = mask or (None, None)
-        self._masks(x, branch, brought)
+        self._check(x, branch, brought)
         mask1 = self._decide("gate1", x, brought[0])
         open1 = None if mask1 is None else _spread(mask1, self.group)
         h = gated_conv2d(x, self.weight1, self.bias1, None, open1).relu_()

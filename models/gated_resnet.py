@@ -126,8 +126,8 @@ class GatedResNet(nn.Module):
         gates: dict[str, Gate] = {}
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for name, block in self.blocks().items():
-            if branch == "dense":
-                x = block(x, branch="dense")
+            if branch == "dense" or not (masks or return_gates):
+                x = block(x, branch)
                 continue
             keys = _keys(name, block)
             brought = tuple(masks.get(key) for key in keys)

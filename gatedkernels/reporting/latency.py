@@ -93,7 +93,7 @@ def _time_row(
     dense = dense_baselines(model, x, compiled=compiled)
     masked, run_masked = masked_baseline(model, x)
     calls = {"masked": run_masked, "gated": lambda: fast(x)}
-    verify(model, {"masked": masked, "gated": fast}, dense, x)
+    verify(masked, {"the model": model, "the optimised model": fast}, dense, x)
     with ExitStack() as stack:
         for network in (model, masked, fast) if density is not None else ():
             stack.enter_context(fix_gates(network, density or 0.0, seed))

@@ -59,7 +59,7 @@ def bandwidth(device: torch.device, num_bytes: float, threads: int) -> float:
 
     Measured at the first call for a device, power of two and number of threads; the caller has set the threads.
     """
-    size = max(1 << 16, min(1 << 28, 1 << round(num_bytes).bit_length()))
+    size = max(1 << 20, min(1 << 28, 1 << round(num_bytes).bit_length()))
     return _bandwidth(str(device), size, threads)
 
 

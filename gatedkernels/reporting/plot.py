@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 _INK, _FAINT = "#222222", "#9a9a9a"
-_COLORS = ("#0b6e99", "#d1495b", "#3c8d53", "#7b5ea7", "#c77b1e", "#57606a")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_COLORS = ("#0b6e99", "#d1495b", "#3c8d53", "#7b5ea7", "#c77b1e", "#57606a", "#2a9d8f", "#a83279")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 
 
 def speedup_plot(rows: Sequence[Mapping[str, Any]], path: Path | str) -> None:

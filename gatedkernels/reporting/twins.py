@@ -158,7 +158,7 @@ def prepack(twin: nn.Module) -> nn.Module:
         raise RuntimeError("prepacked convolutions need oneDNN, which this PyTorch was built without")
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in twin.buffers()):
         raise RuntimeError("prepacked convolutions need float32 on the CPU")
-    twin = copy.deepcopy(twin).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    twin = copy.deepcopy(twin).to(memory_format=torch.channels_last)
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, FoldedConv2d):

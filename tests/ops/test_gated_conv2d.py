@@ -123,6 +123,12 @@ def test_kernel(shape: tuple[int, ...], masks: tuple[float | None, float | None]
 
 
 @needs_cpu
+@pytest.mark.parametrize("shape", [(1, 512, 40, 4, 4, 3, 1), (1, 64, 512, 4, 4, 3, 1)], ids=["in", "out"])
+def test_kernel_sums_many_channels(shape: tuple[int, ...], images, compare):
+    test_kernel(shape, (1.0, None), "contiguous", images, compare)
+
+
+@needs_cpu
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(data=st.data())
 def test_kernel_serves_any_size(data: st.DataObject, images, compare):
@@ -143,7 +149,8 @@ def test_kernel_serves_any_size(data: st.DataObject, images, compare):
         rest = {"dense_input_grad": dense_input_grad, "backend": "cpu", **options}
         return gk.gated_conv2d(x, weight, bias, in_mask, out_mask, **rest)
 
-    compare(run, definition(in_mask, out_mask, **options), [images((n, c, h, w), layout), weight, bias])
+    x = images((n, c, h, w), layout)
+    compare(run, definition(in_mask, out_mask, **options), [x, weight, bias], rounding=8)
 
 
 @pytest.mark.parametrize("general", GENERAL)
@@ -323,8 +330,9 @@ def test_dense_input_gradient_of_the_kernel(shape: tuple[int, ...], out_density:
     )
     unmasked = definition(None, out_mask, **options)
     exact = gradients(unmasked, [t.double() for t in tensors], torch.float32)
-    for a, e, t in zip(actual, exact, gradients(unmasked, tensors), strict=True):
-        assert_within_budget(a, e, t)
+    last = [x.contiguous(memory_format=torch.channels_last), weight, bias]
+    for a, e, *own in zip(actual, exact, gradients(unmasked, tensors), gradients(unmasked, last), strict=True):
+        assert_within_budget(a, e, *own)
 
 
 # -- dtypes and layouts ------------------------------------------------------------------------------------------------

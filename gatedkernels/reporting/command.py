@@ -1,0 +1,81 @@
+"""The commands ``gatedkernels report`` and ``gatedkernels doctor``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from gatedkernels.inference import optimize
+from gatedkernels.reporting.doctor import examine, render
+from gatedkernels.reporting.latency import latency_rows
+from gatedkernels.reporting.plot import speedup_plot
+from gatedkernels.reporting.report import report as report_layers
+
+
+def report(run: Path, *, device: str = "cpu", batch_sizes: Sequence[int] = (1, 16)) -> None:
+    """Time a trained network on its test images, layer by layer and in all; print it, and write it into its folder.
+
+    The folder receives ``latency-<device>.json`` (rows and layers), ``.md`` and ``.png``.
+
+    Args:
+        run: Folder of a training run.
+        device: Where to measure.
+        batch_sizes: Images in a batch.
+
+    Raises:
+        RunError: If the folder holds no finished epoch or cannot be written, its files are damaged, the device is
+            missing, or there are too few test images.
+        DataError: If the images cannot be read.
+    """
+    from gatedkernels.training.augment import plain_view
+    from gatedkernels.training.errors import RunError
+    from gatedkernels.training.run import load_run, load_run_data
+    from gatedkernels.training.run_folder import write_atomically, write_json
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("device must be available, got 'cuda', and PyTorch finds no CUDA device")
+    config, backbone = load_run(run)
+    data = load_run_data(config)
+    most = max(batch_sizes)
+    if len(data.test) < most:
+        raise RunError(f"batch sizes must not exceed the {len(data.test)} test images, got {most}")
+    view = plain_view(config.image_size, data.mean, data.std)
+    images = torch.stack([view(data.test[index]) for index in range(most)]).to(device)
+    backbone = backbone.to(device)
+
+    console = Console()
+    fast = optimize(backbone, images[:1])
+    layers = []
+    for batch in batch_sizes:
+        with console.status(f"Timing layers, batch {batch} …"):
+            layers.append(report_layers(fast, images[:batch], compiled=False))
+        console.print(layers[-1])
+    with console.status("Timing the network against every dense way …"):
+        rows = latency_rows(backbone, images, width=config.width, batch_sizes=batch_sizes)
+    console.print(_summary(rows))
+
+    stem = f"latency-{device}"
+    text = "\n\n".join(["# Milliseconds and FLOPs", *(table.to_markdown() for table in layers), _summary(rows)])
+    try:
+        write_json(run / f"{stem}.json", {"latency": rows, "layers": [table.to_dict() for table in layers]})
+        write_atomically(run / f"{stem}.md", lambda path: path.write_text(f"{text}\n"))
+        write_atomically(run / f"{stem}.png", lambda path: speedup_plot(rows, path))
+    except OSError as error:
+        raise RunError(f"run must be a folder that can be written, got {run}: {error.strerror}") from error
+    console.print(f"Written to {run}: {stem}.json, {stem}.md, {stem}.png")
+
+
+def doctor() -> None:
+    """Print versions, libraries found and why not, instruction sets, GPUs and policy."""
+    Console().print(render(examine()))
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> str:
+    return "\n".join(
+        f"Batch {row['batch']}: {row['gated_ms']:.3f} ms gated, {row['dense_best_ms']:.3f} ms for the best dense "
+        f"PyTorch, {row['masked_ms']:.3f} ms masked: {row['speedup']:.2f} times as fast with {row['kept']:.1%} of the "
+        f"FLOPs kept (efficiency {row['efficiency']:.2f})."
+        for row in rows
+    )

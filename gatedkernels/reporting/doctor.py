@@ -1,0 +1,56 @@
+"""What is installed, what was found, what is missing and why."""
+
+import os
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+from gatedkernels import _extension, policy
+from gatedkernels.reporting.machine import cpu_name, instruction_set, versions
+
+
+def examine() -> dict[str, dict[str, str]]:
+    """Look at versions, machine, compiled libraries and policy: facts by name, by section."""
+    return {
+        "versions": versions(),
+        "machine": _machine(),
+        "compiled kernels": {
+            "cpu": _library("_cpu", _extension.CPU_ERROR),
+            "cuda": _library("_cuda", _extension.CUDA_ERROR),
+            "instruction set": instruction_set() or "none: operations take their definitions in PyTorch",
+        },
+        "policy, backend auto": {
+            f"{operation} on the CPU": f"gated kernels up to {threshold:.0%} of the work kept, dense ones above"
+            for operation, threshold in policy.CPU_THRESHOLDS.items()
+        },
+    }
+
+
+def render(facts: dict[str, dict[str, str]]) -> Group:
+    """Lay the facts out, one small table a section."""
+    tables = []
+    for title, section in facts.items():
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, min_width=40)
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in section.items():
+            table.add_row(name, value)
+        tables.append(table)
+    return Group(*tables)
+
+
+def _library(name: str, error: str | None) -> str:
+    return f"missing: {error}" if error else f"loaded from {_extension.find(name)}"
+
+
+def _machine() -> dict[str, str]:
+    facts = {
+        "processor": cpu_name(),
+        "cores": str(os.cpu_count()),
+        "threads": f"{torch.get_num_threads()}, oneDNN {'yes' if torch.backends.mkldnn.is_available() else 'no'}",
+        "gpus": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
+    }
+    if torch.version.cuda is not None:
+        facts["cuda"] = f"PyTorch was built for {torch.version.cuda}"
+    return facts

@@ -1,0 +1,184 @@
+"""The operators of packed weights against plain PyTorch: what ``optimize`` runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, linear
+
+from gatedkernels import _extension
+from gatedkernels.ops.packed import DEFINITIONS, pack_blocks, pack_rows, unpack_blocks, unpack_rows
+
+ops = torch.ops.gatedkernels
+DENSITIES = [None, 0.0, 0.4, 1.0]
+
+needs_cpu = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
+
+
+def make_mask(n: int, channels: int, density: float | None) -> Tensor | None:
+    return None if density is None else torch.rand(n, channels) < density
+
+
+def where(mask: Tensor | None, x: Tensor) -> Tensor:
+    return x if mask is None else torch.where(mask[:, :, None, None], x, 0)
+
+
+def assert_agrees(
+    operator: Callable[..., Tensor], definition: Callable[..., Tensor], tensors: list[Any], check: Callable[..., None]
+) -> None:
+    """``definition`` in float32, of both layouts, sets the budget against float64."""
+    exact = definition(*(t if t is None or t.dtype == torch.bool else t.double() for t in tensors))
+    own = [definition(tensors[0].contiguous(memory_format=form), *tensors[1:])
+           for form in (torch.contiguous_format, torch.channels_last)]  # fmt: skip
+    y = operator(*tensors)
+    check(y, exact, *own)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 3), (32, 5, 3, 3), (33, 4, 1, 1), (64, 2, 3, 3)], ids=str)
+def test_layouts_of_packed_weights(shape: tuple[int, ...]):
+    weight = torch.randn(shape)
+    k, c, s, _ = shape
+    rows, blocks = pack_rows(weight), pack_blocks(weight)
+    assert rows.shape == (k, s, s, c)
+    assert blocks.shape == (-(-k // 32), c, s, s, 32)
+    assert rows.is_contiguous()
+    assert blocks.is_contiguous()
+    assert torch.equal(unpack_rows(rows), weight)
+    assert torch.equal(unpack_blocks(blocks, k), weight)
+    assert not unpack_blocks(blocks, blocks.shape[0] * 32)[k:].any()
+
+
+@needs_cpu
+@pytest.mark.parametrize("size", [(2, 64, 16, 64, 8, 8), (1, 7, 5, 3, 1, 1), (3, 130, 33, 70, 5, 4), (0, 8, 4, 8, 2, 2)])
+def test_channel_gate(size: tuple[int, ...], layout: str, images):
+    n, c, m, k, h, w = size
+    x = images((n, c, h, w), layout)
+    weight1, bias1, weight2, bias2 = torch.randn(m, c), torch.randn(m), torch.randn(k, m), torch.randn(k)
+    mask = ops.channel_gate(x, weight1, bias1, weight2, bias2)
+    hidden = linear(x.double().mean((2, 3)), weight1.double(), bias1.double()).relu()
+    logits = linear(hidden, weight2.double(), bias2.double())
+    assert mask.dtype == torch.bool
+    assert mask.shape == (n, k)
+    clear = logits.abs() > 1e-5 * logits.abs().amax() if n else torch.ones(n, k, dtype=torch.bool)
+    assert torch.equal(mask[clear], (logits >= 0)[clear])
+    assert clear.all()  # for these seeds no logit is so near the threshold that rounding decides
+
+
+@needs_cpu
+def test_channel_gate_opens_at_zero():
+    zeros = torch.zeros(1, 3, 2, 2), torch.zeros(2, 3), torch.zeros(2), torch.zeros(5, 2)
+    assert ops.channel_gate(*zeros, torch.zeros(5)).all()
+    assert not ops.channel_gate(*zeros, torch.full((5,), -1e-6)).any()
+
+
+# N, C, M (hidden), K, H, W, stride
+BLOCKS = [
+    (2, 64, 64, 64, 8, 8, 1),
+    (2, 32, 64, 70, 9, 7, 2),
+    (5, 70, 35, 70, 4, 4, 1),
+    (1, 3, 40, 33, 17, 15, 1),
+    (20, 300, 70, 40, 3, 3, 1),
+    (3, 5, 3, 2, 1, 2, 2),
+    (0, 8, 8, 8, 4, 4, 1),
+]
+
+
+@needs_cpu
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("density", DENSITIES[1:])
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+def test_packed_block(
+    shape: tuple[int, ...], density: float, with_residual: bool, layout: str, images, assert_within_budget
+):
+    n, c, m, k, h, w, stride = shape
+    weight1, weight2 = torch.randn(m, c, 3, 3) / (3 * c**0.5), torch.randn(k, m, 3, 3) / (3 * m**0.5)
+    residual = images((n, k, (h - 1) // stride + 1, (w - 1) // stride + 1), layout) if with_residual else None
+    mask = make_mask(n, m, density)
+
+    def operator(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, skip: Tensor | None) -> Tensor:
+        return ops.packed_block(x, pack_rows(w1), b1, pack_blocks(w2), b2, mask, skip, stride)
+
+    def definition(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, skip: Tensor | None) -> Tensor:
+        y = conv2d(where(mask, conv2d(x, w1, b1, stride, 1).relu()), w2, b2, 1, 1)
+        return (y if skip is None else y + skip).relu()
+
+    tensors = [images((n, c, h, w), layout), weight1, torch.randn(m), weight2, torch.randn(k), residual]
+    assert_agrees(operator, definition, tensors, assert_within_budget)
+
+
+# N, C, K, H, W, side of the window, stride
+CONVS = [
+    (2, 64, 64, 8, 8, 3, 1),
+    (1, 3, 40, 17, 15, 3, 2),
+    (3, 70, 130, 5, 6, 1, 1),
+    (2, 17, 31, 6, 7, 1, 2),
+    (1, 1, 1, 1, 1, 3, 1),
+    (0, 8, 8, 4, 4, 3, 1),
+]
+
+
+@needs_cpu
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("densities", [(None, None), (0.4, None), (None, 0.4), (0.4, 0.4), (0.0, 1.0)], ids=str)
+@pytest.mark.parametrize("shape", CONVS, ids=str)
+def test_packed_conv2d(
+    shape: tuple[int, ...], densities: tuple[float | None, ...], with_residual: bool, layout: str, images,
+    assert_within_budget,
+):  # fmt: skip
+    n, c, k, h, w, side, stride = shape
+    in_mask, out_mask = make_mask(n, c, densities[0]), make_mask(n, k, densities[1])
+    residual = images((n, k, (h - 1) // stride + 1, (w - 1) // stride + 1), layout) if with_residual else None
+
+    def operator(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None) -> Tensor:
+        return ops.packed_conv2d(x, pack_blocks(weight), bias, in_mask, out_mask, skip, k, stride, with_residual)
+
+    def definition(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None) -> Tensor:
+        y = conv2d(where(in_mask, x), weight, bias, stride, side // 2)
+        y = y if skip is None else (y + skip).relu()
+        return where(out_mask, y)
+
+    tensors = [images((n, c, h, w), layout), torch.randn(k, c, side, side), torch.randn(k), residual]
+    assert_agrees(operator, definition, tensors, assert_within_budget)
+
+
+@needs_cpu
+def test_packed_conv2d_never_reads_closed_channels(layout: str, images):
+    in_mask, out_mask = make_mask(3, 20, 0.5), make_mask(3, 40, 0.5)
+    clean, weight, bias = images((3, 20, 5, 6), layout), pack_blocks(torch.randn(40, 20, 3, 3)), torch.randn(40)
+    poisoned = torch.where(in_mask[..., None, None], clean, torch.nan)
+    expected, y = (ops.packed_conv2d(x, weight, bias, in_mask, out_mask, None, 40, 1, False) for x in (clean, poisoned))
+    torch.testing.assert_close(y, expected)
+    assert not y[~out_mask].any()
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_definitions_serve_where_the_library_does_not(name: str, images):
+    """The Python definitions, that CUDA and builds without a compiler use, compute what the library does."""
+    x, mask = images((2, 8, 5, 5)), torch.rand(2, 8) < 0.5
+    weight, bias = torch.randn(8, 8, 3, 3) / 9, torch.randn(8)
+    arguments = {
+        "channel_gate": (x, torch.randn(6, 8), torch.randn(6), torch.randn(9, 6), torch.randn(9)),
+        "packed_block": (x, pack_rows(weight), bias, pack_blocks(weight), bias, mask, x, 1),
+        "packed_conv2d": (x, pack_blocks(weight), bias, mask, ~mask, x, 8, 1, True),
+    }[name]
+    actual, expected = getattr(ops, name)(*arguments), DEFINITIONS[name](*arguments)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert actual.stride() == expected.stride()
+
+
+@needs_cpu
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_registration(n: int, stride: int, images):
+    x, mask = images((n, 8, 5, 4), "channels_last"), torch.rand(n, 8) < 0.5
+    weight, bias = torch.randn(8, 8, 3, 3), torch.randn(8)
+    for operator, arguments in (
+        (ops.channel_gate, (x, torch.randn(6, 8), torch.randn(6), torch.randn(9, 6), torch.randn(9))),
+        (ops.packed_block, (x, pack_rows(weight), bias, pack_blocks(weight), bias, mask, None, stride)),
+        (ops.packed_conv2d, (x, pack_blocks(weight), bias, mask, ~mask, None, 8, stride, True)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
