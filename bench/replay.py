@@ -1,5 +1,7 @@
 """Masks for benchmarks: random ones with and without correlation, and recorded ones."""
 
+import base64
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -7,13 +9,15 @@ from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gatedkernels import Gate
 
 RECORDINGS = Path(__file__).parent / "masks"
-DRAWS = 16
+# Odd, so that all of them are timed where every second call is.
+DRAWS = 15
 
 # Share of the variance of a gate's logit that all samples of a batch have in common, in "correlated" masks.
 _SHARED = 0.8
@@ -70,7 +74,12 @@ def draw(kind: str, density: float, batch: int, channels: int, seed: int = 0) ->
     path = RECORDINGS / f"{name}.json"
     if not path.is_file():
         raise ValueError(f"kind must be 'independent', 'correlated' or a recording in {RECORDINGS}, got {kind!r}")
-    return stored_masks(_read(path), gate)[:, :channels].split(batch)
+    samples = _stored(_read(path), gate)[:, :channels]
+    draws = len(samples) // batch
+    if draws == 0:
+        raise ValueError(f"batch must not exceed the {len(samples)} recorded samples, got {batch}")
+    draws -= draws % 2 == 0
+    return samples[: draws * batch].unflatten(0, (draws, batch))
 
 
 @contextmanager
@@ -88,3 +97,15 @@ def open_as(gate: nn.Module, masks: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _stored(recording: dict[str, Any], gate: str) -> Tensor:
+    """The masks that ``gatedkernels masks`` stored for a gate, bool, shape (samples, C): packed bits in base 64."""
+    stored, channels = recording["stored"], recording["gates"][gate]["channels"]
+    packed = np.frombuffer(base64.b64decode(stored["masks"][gate]), np.uint8)
+    bits = np.unpackbits(packed, count=stored["count"] * channels)
+    return torch.from_numpy(bits.reshape(stored["count"], channels)).bool()

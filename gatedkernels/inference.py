@@ -212,9 +212,9 @@ class PackedResidual(Packed):
                     raise ValueError(f"mask must be None in a module optimised for branch 'dense', got one for {name}")
                 check_mask("mask", mask, x.shape[0], shape.out_channels, self.group)
 
-    def _decide(self, name: str, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        gate = getattr(self, name)
-        return gate(x) if mask is None and gate is not None else mask
+    def _decide(self, name: str, x: Tensor) -> Tensor | None:
+        gate = self._modules[name]
+        return None if gate is None else gate(x)
 
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
         """Cost of the convolutions, without the gates'; see `gatedkernels.nn.flops`."""
@@ -253,8 +253,8 @@ class PackedBasicBlock(PackedResidual):
         shape = self.shapes[0]
         if mask is not None or branch is not None:
             self._check(x, branch, (mask,))
-        if mask is None and self.gate is not None:
-            mask = self.gate(x)
+        if mask is None:
+            mask = self._decide("gate", x)
         if mask is None:
             spread = torch.ones((x.shape[0], shape.out_channels), dtype=torch.bool, device=x.device)
         else:
@@ -297,10 +297,10 @@ class PackedBottleneck(PackedResidual):
         """Run the block; arguments and result are those of `GatedBottleneck`."""
         brought = mask or (None, None)
         self._check(x, branch, brought)
-        mask1 = self._decide("gate1", x, brought[0])
+        mask1 = self._decide("gate1", x) if brought[0] is None else brought[0]
         open1 = None if mask1 is None else _spread(mask1, self.group)
         h = gated_conv2d(x, self.weight1, self.bias1, None, open1).relu_()
-        mask2 = self._decide("gate2", h, brought[1])
+        mask2 = self._decide("gate2", h) if brought[1] is None else brought[1]
         open2 = None if mask2 is None else _spread(mask2, self.group)
         h = self.conv2(h, open1, open2)
         y = self.conv3(h, open2, residual=x if self.downsample is None else self.downsample(x))

@@ -1,5 +1,6 @@
 """Which implementation serves a call, and up to which density: decided from static facts alone."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,9 +17,16 @@ class Choice(NamedTuple):
     threshold: float
 
 
-# Shipped heuristics: the kept fraction at which the functional CPU kernels, weights packed per call, stop paying
-# against the best dense call from the same weights (docs/performance.md tells how they were measured).
-CPU_THRESHOLDS = {"gated_conv2d": 0.6, "gated_block": 0.8}
+# Shipped heuristics: up to which density the functional CPU kernels, which pack weights at each call, beat the best
+# dense call from the same weights. For each kernel rows of (output pixels of the whole batch up to which the row holds,
+# density): the fewer pixels use a weight, the less packing it pays. docs/performance.md tells how they were measured.
+CPU_THRESHOLDS: dict[str, tuple[tuple[float, float], ...]] = {
+    "conv_out": ((16, 0.45), (64, 0.5), (1024, 0.75), (math.inf, 0.8)),
+    "conv_in": ((16, 0.0), (64, 0.2), (256, 0.3), (1024, 0.6), (math.inf, 0.75)),
+    "gated_block": ((16, 0.0), (64, 0.25), (256, 0.4), (1024, 0.7), (math.inf, 0.8)),
+}
+# Other layouts than channels-last are converted first.
+CPU_CONVERTED_THRESHOLD = 0.65
 
 
 def cpu_problem(
@@ -47,7 +55,7 @@ def cpu_problem(
 
 
 def choose(
-    operation: str,
+    kernel: str,
     x: Tensor,
     weight: Tensor,
     stride: Sequence[int],
@@ -55,7 +63,13 @@ def choose(
     dilation: Sequence[int],
     groups: int,
 ) -> Choice:
-    """The backend for this call of ``operation``; looks at shapes, dtypes and devices, never at values."""
-    if operation in CPU_THRESHOLDS and cpu_problem(x, weight, stride, padding, dilation, groups) is None:
-        return Choice("cpu", CPU_THRESHOLDS[operation])
-    return Choice("dense", 1.0)
+    """The backend for this call of a kernel; looks at shapes, strides, dtypes and devices, never at values."""
+    if cpu_problem(x, weight, stride, padding, dilation, groups) is not None:
+        return Choice("dense", 1.0)
+    pixels = x.shape[0] * (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
+    if not isinstance(pixels, int):
+        pixels = 1 << 20  # a batch of any size, while exporting or compiling: take it for a large one
+    threshold = next(density for most, density in CPU_THRESHOLDS[kernel] if pixels <= most)
+    if kernel != "conv_in" and not x.is_contiguous(memory_format=torch.channels_last):
+        threshold = min(threshold, CPU_CONVERTED_THRESHOLD)
+    return Choice("cpu", threshold)

@@ -167,10 +167,11 @@ Tensor packed_block(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
 Tensor gated_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2,
                    const MaybeTensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride) {
   check_float(x, 4), check_float(weight1, 4), check_float(weight2, 4);
-  const Tensor rows1 = weight_rows(weight1), blocks2 = weight_blocks(weight2);
+  const Plan plan(mask);
+  const Tensor rows1 = weight_rows(weight1, plan), blocks2 = weight_blocks(weight2, &plan);
   const MaybeTensor b1 = row_major(bias1), b2 = row_major(bias2);
   return run_block(x, floats(rows1), floats(b1), floats(blocks2), floats(b2), weight1.size(0), weight2.size(0),
-                   Plan(mask), residual, stride);
+                   plan, residual, stride);
 }
 
 }  // namespace gatedkernels

@@ -78,7 +78,7 @@ Tensor conv_in(const Tensor& packed, const Tensor& weight, const MaybeTensor& bi
                const Tensor& count, int64_t stride) {
   check_float(packed, 4), check_float(weight, 4);
   const Plan plan(index, count, packed.size(0), packed.size(1));
-  const Tensor blocks = weight_blocks(weight);
+  const Tensor blocks = weight_blocks(weight, &plan);
   const MaybeTensor b = row_major(bias);
   return run_in(packed, floats(blocks), floats(b), weight.size(0), weight.size(2), &plan, false, nullptr, std::nullopt,
                 stride, false);
@@ -87,10 +87,11 @@ Tensor conv_in(const Tensor& packed, const Tensor& weight, const MaybeTensor& bi
 Tensor conv_out(const Tensor& given_x, const Tensor& weight, const MaybeTensor& bias, const Tensor& index,
                 const Tensor& count, int64_t stride, bool relu) {
   check_float(given_x, 4), check_float(weight, 4);
-  const Tensor x = channels_last(given_x), rows = weight_rows(weight);
+  const Tensor x = channels_last(given_x);
   const MaybeTensor b = row_major(bias);
   const int64_t N = x.size(0), C = x.size(1), K = weight.size(0);
   const Plan plan(index, count, N, K);
+  const Tensor rows = weight_rows(weight, plan);
   const Geometry size = geometry(x, weight.size(2), stride);
   const int64_t plane = int64_t{size.OH} * size.OW;
   Tensor packed = empty({N, K, size.OH, size.OW});
@@ -116,13 +117,13 @@ Tensor gated_conv2d(const Tensor& given_x, const Tensor& weight, const MaybeTens
   const MaybeTensor b = row_major(bias);
   const int64_t K = weight.size(0), taps = weight.size(2);
   if (!out_mask) {
-    const Tensor blocks = weight_blocks(weight);
     const std::optional<Plan> plan = in_mask ? std::optional<Plan>(*in_mask) : std::nullopt;
+    const Tensor blocks = weight_blocks(weight, plan ? &*plan : nullptr);
     return run_in(given_x, floats(blocks), floats(b), K, taps, plan ? &*plan : nullptr, true, nullptr, std::nullopt,
                   stride, false);
   }
-  const Tensor x = open_channels(given_x, in_mask), rows = weight_rows(weight);
   const Plan plan(*out_mask);
+  const Tensor x = open_channels(given_x, in_mask), rows = weight_rows(weight, plan);
   const Geometry size = geometry(x, taps, stride);
   const int64_t N = x.size(0), C = x.size(1);
   Tensor y = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);

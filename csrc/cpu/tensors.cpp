@@ -48,22 +48,59 @@ Geometry geometry(const Tensor& x, int64_t taps, int64_t stride) {
   return g;
 }
 
-Tensor weight_rows(const Tensor& weight) { return channels_last(weight); }
+std::vector<uint8_t> used_channels(const Plan& plan) {
+  std::vector<uint8_t> used(plan.channels, 0);
+  for (int64_t n = 0; n < plan.samples; ++n) {
+    for (int32_t j = 0; j < plan.count[n]; ++j) used[plan.list(n)[j]] = 1;
+  }
+  return used;
+}
 
-Tensor weight_blocks(const Tensor& weight) {
-  const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), taps = S * weight.size(3);
-  const int64_t blocks = ceil_div(K, kBlock);
-  Tensor packed = empty({blocks, C, S, weight.size(3), kBlock});
+Tensor weight_rows(const Tensor& weight, const Plan& plan) {
+  const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), T = weight.size(3);
+  if (weight.stride(1) == 1 && weight.stride(3) == C && weight.stride(2) == T * C && weight.stride(0) == S * T * C) {
+    return weight;
+  }
+  const std::vector<uint8_t> used = used_channels(plan);
+  Tensor packed = empty({K, C, S, T}, ScalarType::Float, MemoryFormat::ChannelsLast);
   const float* from = floats(weight);
   float* to = packed.mutable_data_ptr<float>();
   const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
-  torch::stable::parallel_for(0, blocks * C, 16, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, K, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      if (!used[k]) continue;
+      for (int64_t t = 0; t < S * T; ++t) {
+        const float* filter = from + k * sk + t / T * sr + t % T * ss;
+        float* row = to + (k * S * T + t) * C;
+        for (int64_t c = 0; c < C; ++c) row[c] = filter[c * sc];
+      }
+    }
+  });
+  return packed;
+}
+
+Tensor weight_blocks(const Tensor& weight, const Plan* plan) {
+  const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), T = weight.size(3), taps = S * T;
+  const std::vector<uint8_t> used = plan ? used_channels(*plan) : std::vector<uint8_t>(C, 1);
+  const int64_t blocks = ceil_div(K, kBlock);
+  Tensor packed = empty({blocks, C, S, T, kBlock});
+  const float* from = floats(weight);
+  float* to = packed.mutable_data_ptr<float>();
+  const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
+  // Filter by filter, some channels at a time: reads run along the filter, writes stay in the first-level cache.
+  constexpr int64_t kTogether = 16;
+  const int64_t strips = ceil_div(C, kTogether);
+  torch::stable::parallel_for(0, blocks * strips, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i / C * kBlock, c = i % C, valid = std::min<int64_t>(kBlock, K - first);
-      float* row = to + i * taps * kBlock;
+      const int64_t block = i / strips, first = i % strips * kTogether, last = std::min(first + kTogether, C);
       for (int64_t l = 0; l < kBlock; ++l) {
-        const float* filter = from + (first + l) * sk + c * sc;
-        for (int64_t t = 0; t < taps; ++t) row[t * kBlock + l] = l < valid ? filter[t / S * sr + t % S * ss] : 0.0f;
+        const int64_t k = block * kBlock + l;
+        for (int64_t c = first; c < last; ++c) {
+          if (!used[c]) continue;
+          float* row = to + (block * C + c) * taps * kBlock + l;
+          const float* filter = from + k * sk + c * sc;
+          for (int64_t t = 0; t < taps; ++t) row[t * kBlock] = k < K ? filter[t / T * sr + t % T * ss] : 0.0f;
+        }
       }
     }
   });

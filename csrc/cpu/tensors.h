@@ -65,9 +65,10 @@ struct Plan {
 
 Geometry geometry(const Tensor& x, int64_t taps, int64_t stride);
 
-// Weights in the two layouts of kernels.h, made from (K, C, S, S) of any strides.
-Tensor weight_rows(const Tensor& weight);    // (K, S, S, C): the tensor itself, channels-last
-Tensor weight_blocks(const Tensor& weight);  // (K / kBlock, C, S, S, kBlock)
+// Weights in the two layouts of kernels.h, made from (K, C, S, S) of any strides, filled in where the plan has active
+// channels: output channels of rows, input channels of blocks (all, without a plan).
+Tensor weight_rows(const Tensor& weight, const Plan& plan);           // (K, S, S, C): the tensor, channels-last
+Tensor weight_blocks(const Tensor& weight, const Plan* plan);  // (K / kBlock, C, S, S, kBlock)
 
 InConv in_conv(const Tensor& x, const Geometry& size, const float* blocks, const float* bias, int64_t out_channels,
                bool gathered, bool relu);

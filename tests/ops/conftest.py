@@ -69,7 +69,7 @@ def images() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def assert_within_budget() -> Callable[..., None]:
-    """``assert_within_budget(actual, exact, *torchs)``: at most twice PyTorch's own error in that dtype, and one eps."""
+    """``assert_within_budget(actual, exact, *torchs)``: at most twice PyTorch's own error, and one eps."""
     return _assert_within_budget
 
 

@@ -187,7 +187,7 @@ def test_autocast(dtype: torch.dtype, images, gradients):
     mask = torch.rand(2, 8) < 0.5
     with torch.autocast("cpu", dtype=dtype):
         actual = gradients(operation(mask, 1), tensors)
-        expected = gradients(definition(mask, 1), tensors[:5] + [tensors[5].to(dtype).float()])
+        expected = gradients(definition(mask, 1), [*tensors[:5], tensors[5].to(dtype).float()])
     assert [t.dtype for t in actual] == [dtype, *[torch.float32] * 6]
     exact = gradients(definition(mask, 1), [t.double() for t in tensors], dtype)
     for a, e, x in zip(actual, expected, exact, strict=True):

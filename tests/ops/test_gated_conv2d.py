@@ -318,7 +318,9 @@ def test_gate_gradients_are_those_of_the_masked_dense_network(out_density: float
 @needs_cpu
 @pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
 @pytest.mark.parametrize("out_density", [None, 0.5])
-def test_dense_input_gradient_of_the_kernel(shape: tuple[int, ...], out_density: float | None, images, gradients, assert_within_budget):
+def test_dense_input_gradient_of_the_kernel(
+    shape: tuple[int, ...], out_density: float | None, images, gradients, assert_within_budget
+):
     n, c, k, h, w, side, stride = shape
     in_mask, out_mask = make_mask(n, c, 0.5), make_mask(n, k, out_density)
     x, (weight, bias) = where(in_mask, images((n, c, h, w))), make_weights(k, c, side, side)
@@ -441,8 +443,9 @@ def test_compiled_call_comes_first(tmp_path: Path):
 import torch
 import gatedkernels as gk
 x, weight, mask = torch.randn(2, 4, 5, 5), torch.randn(8, 4, 3, 3), torch.rand(2, 8) < 0.5
-run = torch.compile(lambda x, w: gk.gated_conv2d(x, w, None, None, mask, padding=1), fullgraph=True, backend="aot_eager")
-torch.testing.assert_close(run(x, weight), gk.gated_conv2d(x, weight, None, None, mask, padding=1))
+run = lambda x, w: gk.gated_conv2d(x, w, None, None, mask, padding=1)
+compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(x, weight)
+torch.testing.assert_close(compiled, run(x, weight))
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
@@ -541,7 +544,7 @@ MASK = torch.ones(2, 4, dtype=torch.bool)
         ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
         ({"weight": WEIGHT[0]}, ValueError, r"weight must have shape \(K, C / groups, R, S\), got \(4, 3, 3\)"),
         ({"weight": WEIGHT[:, :3]}, ValueError, r"weight must have shape \(6, 4, 3, 3\), got \(6, 3, 3, 3\)"),
-        ({"weight": WEIGHT.double()}, TypeError, r"weight must have the dtype of x, torch\.float32, got torch\.float64"),
+        ({"weight": WEIGHT.double()}, TypeError, r"weight must have the dtype of x, .*float32, got torch\.float64"),
         ({"weight": WEIGHT.to("meta")}, ValueError, "weight must be on the device of x, cpu, got meta"),
         ({"x": X.bfloat16()}, TypeError, r"weight must have the dtype of x, torch\.bfloat16"),
         ({"bias": 1.0}, TypeError, "bias must be a tensor, got float"),
@@ -569,7 +572,7 @@ MASK = torch.ones(2, 4, dtype=torch.bool)
         ({"groups": 1.0}, TypeError, r"groups must be an int, got 1\.0"),
         ({"x": X[..., :2]}, ValueError, r"x must be at least as large as the window \(3, 3\), got \(2, 4, 5, 2\)"),
         ({"x": X[..., :0]}, ValueError, "x must be at least as large as the window"),
-        ({"backend": "fast"}, ValueError, "backend must be one of auto, reference, dense, cpu, triton, cuda, got 'fast'"),
+        ({"backend": "fast"}, ValueError, "backend must be one of auto, reference, .*cuda, got 'fast'"),
         ({"backend": "triton"}, ValueError, "backend must be one of auto, .* for this operation, got 'triton'"),
     ],
 )  # fmt: skip

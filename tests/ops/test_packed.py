@@ -51,8 +51,12 @@ def test_layouts_of_packed_weights(shape: tuple[int, ...]):
     assert not unpack_blocks(blocks, blocks.shape[0] * 32)[k:].any()
 
 
+# N, C, M (hidden), K, H, W
+GATES = [(2, 64, 16, 64, 8, 8), (1, 7, 5, 3, 1, 1), (3, 130, 33, 70, 5, 4), (0, 8, 4, 8, 2, 2)]
+
+
 @needs_cpu
-@pytest.mark.parametrize("size", [(2, 64, 16, 64, 8, 8), (1, 7, 5, 3, 1, 1), (3, 130, 33, 70, 5, 4), (0, 8, 4, 8, 2, 2)])
+@pytest.mark.parametrize("size", GATES, ids=str)
 def test_channel_gate(size: tuple[int, ...], layout: str, images):
     n, c, m, k, h, w = size
     x = images((n, c, h, w), layout)

@@ -44,13 +44,10 @@ LAUNCHERS: dict[str, Callable[..., Tensor]] = {
 
 def _too_dense(in_mask: Tensor | None, out_mask: Tensor | None, threshold: float) -> bool:
     """Whether so many channels are open that the dense kernel is the faster one (on the CPU, where looking is free)."""
-    if threshold >= 1:
+    mask = in_mask if out_mask is None else out_mask  # with both, the kernels save by the output channels
+    if mask is None or threshold >= 1 or mask.device.type != "cpu":
         return False
-    kept = 1.0
-    for mask in (in_mask, out_mask):
-        if mask is not None and mask.numel() and mask.device.type == "cpu":
-            kept *= int(mask.sum()) / mask.numel()
-    return kept > threshold
+    return int(mask.sum()) > threshold * mask.numel()
 
 
 def _forward(
@@ -278,8 +275,10 @@ def gated_conv2d(
     arguments.check_fits(x, weight, *geometry)
     in_mask = arguments.expand_mask("in_mask", in_mask, x.shape[1], group, x)
     out_mask = arguments.expand_mask("out_mask", out_mask, weight.shape[0], group, x)
-    if backend == "auto":
-        choice = policy.choose("gated_conv2d", x, weight, *geometry, groups)
+    if backend == "auto" and in_mask is None and out_mask is None:
+        served, threshold = "dense", ALWAYS
+    elif backend == "auto":
+        choice = policy.choose("conv_in" if out_mask is None else "conv_out", x, weight, *geometry, groups)
         served, threshold = choice.backend, choice.threshold
     else:
         require(backend, LAUNCHERS, x)

@@ -1,0 +1,14 @@
+"""Functional calls, which pack nothing beforehand and must never be slower than the dense way."""
+
+from typing import Any
+
+import pytest
+
+from bench.cases import FUNCTIONALS, FunctionalCase
+from bench.trials import functional_trial
+
+
+@pytest.mark.parametrize("case", FUNCTIONALS, indirect=True, ids=str)
+def test_functional(case: FunctionalCase, run: Any) -> None:
+    with functional_trial(case) as trial:
+        run("functional", case, trial)

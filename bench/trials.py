@@ -1,0 +1,141 @@
+"""From a case to two functions that compute the same: the gated one, and the dense one it is measured against."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from bench.cases import BlockCase, FunctionalCase, NetworkCase
+from bench.replay import draw, open_as
+from gatedkernels import count_flops, fix_gates, gated_block, gated_conv2d, models, optimize
+from gatedkernels.nn import Gate, GatedBasicBlock, gated_flops, kept_fraction
+from gatedkernels.nn.fix_gates import draw_masks
+from gatedkernels.reporting import density_for
+from gatedkernels.reporting.baselines import Baselines, check_same, dense_baselines, verify
+from gatedkernels.reporting.twins import build_twin, prepack
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What to measure; everything in it has been checked.
+
+    Attributes:
+        gated: The gated computation.
+        dense: Ways to do it densely, by name; the fastest is the baseline.
+        kept: Fraction of the dense multiply-adds that the gated one executes, gates included.
+    """
+
+    gated: Call
+    dense: dict[str, Call]
+    kept: float
+
+
+@contextmanager
+def block_trial(case: BlockCase) -> Iterator[Trial]:
+    """An optimised block against prepacked oneDNN with fused activations; checked in float64."""
+    torch.manual_seed(0)
+    block = _settled(GatedBasicBlock(case.channels, case.channels))
+    x = _images(case.batch, case.channels, case.size)
+    fast, reference, dense = optimize(block, x), build_twin(block, gated=True).double(), prepack(build_twin(block))
+    with fix_gates(fast, 0.5), fix_gates(reference, 0.5), torch.inference_mode():
+        check_same("the optimised block", fast(x), reference(x.double()))
+    with fix_gates(reference, 1.0), torch.inference_mode():
+        check_same("the prepacked block", dense(x), reference(x.double()))
+    if case.masks == "exact":
+        with fix_gates(fast, case.density):
+            yield Trial(lambda: fast(x), {"prepacked": lambda: dense(x)}, count_flops(fast, x).kept)
+        return
+    masks = draw(case.masks, case.density, case.batch, case.channels)
+    decided = masks.flatten(0, 1)
+    kept = kept_fraction(gated_flops(block, x), {"gate": Gate(decided, decided.float())})
+    with open_as(fast.get_submodule("gate"), masks):
+        yield Trial(lambda: fast(x), {"prepacked": lambda: dense(x)}, float(kept))
+
+
+@contextmanager
+def network_trial(case: NetworkCase, *, compiled: bool = True) -> Iterator[Trial]:
+    """A whole optimised network against the fastest dense PyTorch, compiled and frozen among them."""
+    model, x, dense = _network(case.model, case.width, case.size, case.batch, compiled)
+    fast = optimize(model, x)
+    verify(build_twin(model, gated=True), {"the optimised network": fast}, dense, x)
+    density = 1.0 if case.kept == 1 else density_for(model, x, case.kept)
+    with fix_gates(fast, density):
+        yield Trial(lambda: fast(x), dense.calls, count_flops(fast, x).kept)
+
+
+@contextmanager
+def functional_trial(case: FunctionalCase) -> Iterator[Trial]:
+    """A functional call against the same result from plain PyTorch and the same unpacked weights, in either layout."""
+    torch.manual_seed(0)
+    own, other = torch.channels_last, torch.contiguous_format
+    if case.layout == "contiguous":
+        own, other = other, own
+    x = _images(case.batch, case.channels, case.size).contiguous(memory_format=own)
+    weights = [torch.randn(case.channels, case.channels, 3, 3) / (3 * case.channels**0.5) for _ in range(2)]
+    biases = [torch.randn(case.channels) for _ in range(2)]
+    gated, dense = (_gated_conv, _dense_conv) if case.operation == "gated_conv2d" else (_gated_block, _dense_block)
+    masks = list(draw_masks(case.operation, case.density, 0, case.batch, case.channels))
+    scales = [mask.float()[..., None, None] for mask in masks]
+
+    def converted(scale: Tensor) -> Tensor:
+        return dense(x.contiguous(memory_format=other), weights, biases, scale).contiguous(memory_format=own)
+
+    with torch.inference_mode():
+        wide = [[tensor.double() for tensor in tensors] for tensors in (weights, biases)]
+        want = dense(x.double(), *wide, scales[0].double())
+        check_same(case.operation, gated(x, weights, biases, masks[0]), want)
+        check_same("the dense way", dense(x, weights, biases, scales[0]), want)
+        check_same("the dense way in the other layout", converted(scales[0]), want)
+    mask, scale, other_scale = cycle(masks), cycle(scales), cycle(scales)
+    ways: dict[str, Call] = {
+        case.layout: lambda: dense(x, weights, biases, next(scale)),
+        "converted": lambda: converted(next(other_scale)),
+    }
+    yield Trial(lambda: gated(x, weights, biases, next(mask)), ways, float(masks[0].float().mean()))
+
+
+def _gated_conv(x: Tensor, weights: list[Tensor], biases: list[Tensor], mask: Tensor) -> Tensor:
+    return gated_conv2d(x, weights[0], biases[0], out_mask=mask, padding=1)
+
+
+def _dense_conv(x: Tensor, weights: list[Tensor], biases: list[Tensor], scale: Tensor) -> Tensor:
+    return conv2d(x, weights[0], biases[0], padding=1).mul_(scale)
+
+
+def _gated_block(x: Tensor, weights: list[Tensor], biases: list[Tensor], mask: Tensor) -> Tensor:
+    return gated_block(x, weights[0], biases[0], weights[1], biases[1], mask, residual=x)
+
+
+def _dense_block(x: Tensor, weights: list[Tensor], biases: list[Tensor], scale: Tensor) -> Tensor:
+    h = conv2d(x, weights[0], biases[0], padding=1).relu_().mul_(scale)
+    return conv2d(h, weights[1], biases[1], padding=1).add_(x).relu_()
+
+
+@lru_cache(maxsize=4)
+def _network(name: str, width: float, size: int, batch: int, compiled: bool) -> tuple[nn.Module, Tensor, Baselines]:
+    """A network, its batch and its dense baselines, which take long to compile and are the same for all masks."""
+    torch.manual_seed(0)
+    model = _settled(models.create_model(name, num_classes=None, stem="cifar", width=width))
+    x = _images(batch, 3, size)
+    return model, x, dense_baselines(model, x, compiled=compiled)
+
+
+def _settled(module: Any) -> Any:
+    """In evaluation, with normalisations that are not the identity."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.running_mean, -0.2, 0.2)
+            nn.init.uniform_(part.running_var, 0.5, 1.5)
+    return module.eval()
+
+
+def _images(batch: int, channels: int, size: int) -> Tensor:
+    return torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,117 @@
+"""The kernels with one thread, many, and none to spare: right, and the same bits every time."""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import gatedkernels as gk
+from gatedkernels import _extension
+from gatedkernels.ops.packed import pack_blocks, pack_rows
+
+pytestmark = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
+
+Call = Callable[[], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def given_threads() -> Iterator[None]:
+    """Leave the number of threads as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def make_calls() -> dict[str, tuple[Call, Tensor]]:
+    """One call of every kernel that divides its work among threads, and what it must return."""
+    n, c, m = 6, 48, 80
+    x, mask1, mask2 = torch.randn(n, c, 12, 9), torch.rand(n, c) < 0.5, torch.rand(n, m) < 0.4
+    w1, b1, w2, b2 = torch.randn(m, c, 3, 3) / 20, torch.randn(m), torch.randn(c, m, 3, 3) / 27, torch.randn(c)
+    plan, rows, blocks = gk.plan(mask2), pack_rows(w1), pack_blocks(w2)
+    hidden = gk.conv_out(x, w1, b1, *plan, padding=1, relu=True, backend="reference")
+    big = torch.randn(24, 300, 4, 4), torch.randn(64, 300, 3, 3) / 50, torch.randn(300, 64, 3, 3) / 25
+    some = torch.rand(24, 64) < 0.4
+    calls: dict[str, Callable[..., Tensor]] = {
+        "conv_out": lambda b="cpu": gk.conv_out(x, w1, b1, *plan, padding=1, backend=b),
+        "conv_in": lambda b="cpu": gk.conv_in(hidden, w2, b2, *plan, padding=1, backend=b),
+        "gated_conv2d": lambda b="cpu": gk.gated_conv2d(x, w1, b1, mask1, mask2, padding=1, backend=b),
+        "gated_block": lambda b="cpu": gk.gated_block(x, w1, b1, w2, b2, mask2, residual=x, backend=b),
+        "gated_block, sliced": lambda b="cpu": gk.gated_block(
+            big[0], big[1], None, big[2], None, some, residual=big[0], backend=b
+        ),
+    }
+    with_references: dict[str, tuple[Call, Tensor]] = {
+        name: (call, call("reference"))
+        for name, call in calls.items()  # type: ignore[call-arg]
+    }
+    with_references["packed_block"] = (
+        lambda: torch.ops.gatedkernels.packed_block(x, rows, b1, blocks, b2, mask2, x, 1),
+        with_references["gated_block"][1],
+    )
+    return with_references
+
+
+def assert_right(y: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_any_number_of_threads(threads: int):
+    """Eight are more than many machines have: a thread that waits must let the others run."""
+    calls = make_calls()
+    torch.set_num_threads(threads)
+    for name, (call, expected) in calls.items():
+        first = call()
+        assert_right(first, expected)
+        for _ in range(5):
+            assert torch.equal(call(), first), name
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_two_python_threads_at_once(threads: int):
+    calls = make_calls()
+    torch.set_num_threads(threads)
+
+    def run(names: list[str]) -> list[Tensor]:
+        torch.set_num_threads(threads)  # OpenMP keeps the number for every thread of Python
+        return [calls[name][0]() for name in names * 4]
+
+    names = list(calls)
+    alone = dict(zip(names, run(names), strict=False))
+    with ThreadPoolExecutor(2) as pool:
+        for order, results in zip((names, names[::-1]), pool.map(run, (names, names[::-1])), strict=True):
+            for name, y in zip(order * 4, results, strict=True):
+                assert torch.equal(y, alone[name]), name
+                assert_right(y, calls[name][1])
+
+
+def openmp_runtime() -> ctypes.CDLL:
+    """The OpenMP runtime that PyTorch's own thread pool uses."""
+    maps = Path("/proc/self/maps").read_text().split() if sys.platform == "linux" else []
+    paths = [path for path in maps if "libgomp" in path]
+    if not paths:
+        pytest.skip("PyTorch does not use GNU's OpenMP here")
+    return ctypes.CDLL(paths[0])
+
+
+@pytest.mark.parametrize("name", ["conv_out", "conv_in", "gated_conv2d", "gated_block", "packed_block"])
+def test_nested_in_a_parallel_region(name: str):
+    """There a region has one thread, whatever it asks for."""
+    call, expected = make_calls()[name]
+    torch.set_num_threads(4)
+    runtime, results = openmp_runtime(), dict[int, tuple[bool, Tensor]]()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def body(_: int) -> None:
+        results[runtime.omp_get_thread_num()] = bool(runtime.omp_in_parallel()), call()
+
+    runtime.GOMP_parallel(body, None, 3, 0)
+    assert len(results) == 3
+    for nested, y in results.values():
+        assert nested
+        assert_right(y, expected)
