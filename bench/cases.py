@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bench.replay import recorded_blocks
 
@@ -103,11 +103,7 @@ NETWORKS = tuple(NetworkCase("gated_resnet18", 1.0, 32, batch, kept) for batch, 
 FUNCTIONALS = tuple(
     FunctionalCase(operation, *shape, batch, density, layout)
     for operation, shape, batch, density, layout in product(
-        ("gated_conv2d", "gated_block"),
-        ((64, 32), (256, 8), (128, 28), (512, 7)),
-        BATCHES,
-        (0.2, 0.5, 1.0),
-        ("contiguous", "channels-last"),
+        get_args(Operation), ((64, 32), (256, 8), (128, 28), (512, 7)), BATCHES, (0.2, 0.5, 1.0), get_args(Layout)
     )
 )
 

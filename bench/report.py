@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.results import Results, geomean, latest
 from bench.runner import Cell
@@ -41,25 +42,22 @@ def markdown(results: Results) -> str:
 
 
 def plots(results: Results, stem: Path) -> list[Path]:
-    """Draw speed-up against kept for every group and batch size that has a curve; return the files."""
+    """Draw speed-up against kept, a picture for every group, operation and batch size; return the files."""
+    pictures: dict[str, list[dict[str, Any]]] = {}
+    for cell in results.cells:
+        facts = (cell.group, cell.facts.get("operation"), f"n{cell.facts['batch']}")
+        row = {
+            "label": _label(cell),
+            "kept": cell.kept,
+            "speedup": cell.speedup[0],
+            "threads": results.machine["threads"],
+            "device": f"{cell.group}, batch {cell.facts['batch']}",
+        }
+        pictures.setdefault("-".join(filter(None, facts)), []).append(row)
     files = []
-    for group, cells in results.groups().items():
-        for batch in sorted({cell.facts["batch"] for cell in cells}):
-            chosen = [cell for cell in cells if cell.facts["batch"] == batch]
-            rows = [
-                {
-                    "label": _label(cell),
-                    "kept": cell.kept,
-                    "speedup": cell.speedup[0],
-                    "device": f"{group}, batch {batch}",
-                    "threads": results.machine["threads"],
-                }
-                for cell in chosen
-            ]
-            if len({row["label"] for row in rows}) == len(rows) > 1 or len(rows) < 2:
-                continue
-            files.append(stem.with_name(f"{stem.name}-{group}-n{batch}.png"))
-            speedup_plot(rows, files[-1])
+    for name, rows in pictures.items():
+        files.append(stem.with_name(f"{stem.name}-{name}.png"))
+        speedup_plot(rows, files[-1])
     return files
 
 
@@ -87,7 +85,7 @@ def _label(cell: Cell) -> str:
     facts = cell.facts
     if "channels" not in facts:
         return str(facts["model"])
-    extra = (facts[name] for name in ("operation", "layout", "masks") if name in facts and facts[name] != "exact")
+    extra = (facts[name] for name in ("layout", "masks") if name in facts and facts[name] != "exact")
     return ", ".join((f"{facts['channels']} at {facts['size']}²", *extra))
 
 

@@ -1,7 +1,7 @@
 """From a case to two functions that compute the same: the gated one, and the dense one it is measured against."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import cycle
@@ -45,19 +45,24 @@ def block_trial(case: BlockCase) -> Iterator[Trial]:
     block = _settled(GatedBasicBlock(case.channels, case.channels))
     x = _images(case.batch, case.channels, case.size)
     fast, reference, dense = optimize(block, x), build_twin(block, gated=True).double(), prepack(build_twin(block))
-    with fix_gates(fast, 0.5), fix_gates(reference, 0.5), torch.inference_mode():
+    masks = None if case.masks == "exact" else draw(case.masks, case.density, case.batch, case.channels)
+
+    def masked(network: nn.Module) -> AbstractContextManager[None]:
+        return fix_gates(network, case.density) if masks is None else open_as(network.get_submodule("gate"), masks)
+
+    with masked(fast), masked(reference), torch.inference_mode():
         check_same("the optimised block", fast(x), reference(x.double()))
     with fix_gates(reference, 1.0), torch.inference_mode():
         check_same("the prepacked block", dense(x), reference(x.double()))
-    if case.masks == "exact":
-        with fix_gates(fast, case.density):
-            yield Trial(lambda: fast(x), {"prepacked": lambda: dense(x)}, count_flops(fast, x).kept)
-        return
-    masks = draw(case.masks, case.density, case.batch, case.channels)
+    with masked(fast):
+        kept = count_flops(fast, x).kept if masks is None else _mean_kept(block, x, masks)
+        yield Trial(lambda: fast(x), {"prepacked": lambda: dense(x)}, kept)
+
+
+def _mean_kept(block: nn.Module, x: Tensor, masks: Tensor) -> float:
+    """Fraction of the multiply-adds that a block keeps, on average over all drawn masks."""
     decided = masks.flatten(0, 1)
-    kept = kept_fraction(gated_flops(block, x), {"gate": Gate(decided, decided.float())})
-    with open_as(fast.get_submodule("gate"), masks):
-        yield Trial(lambda: fast(x), {"prepacked": lambda: dense(x)}, float(kept))
+    return kept_fraction(gated_flops(block, x), {"gate": Gate(decided, decided.float())}).item()
 
 
 @contextmanager
@@ -65,8 +70,8 @@ def network_trial(case: NetworkCase, *, compiled: bool = True) -> Iterator[Trial
     """A whole optimised network against the fastest dense PyTorch, compiled and frozen among them."""
     model, x, dense = _network(case.model, case.width, case.size, case.batch, compiled)
     fast = optimize(model, x)
-    verify(build_twin(model, gated=True), {"the optimised network": fast}, dense, x)
     density = 1.0 if case.kept == 1 else density_for(model, x, case.kept)
+    verify(build_twin(model, gated=True), {"the optimised network": fast}, dense, x, density=density)
     with fix_gates(fast, density):
         yield Trial(lambda: fast(x), dense.calls, count_flops(fast, x).kept)
 
@@ -89,8 +94,8 @@ def functional_trial(case: FunctionalCase) -> Iterator[Trial]:
         return dense(x.contiguous(memory_format=other), weights, biases, scale).contiguous(memory_format=own)
 
     with torch.inference_mode():
-        wide = [[tensor.double() for tensor in tensors] for tensors in (weights, biases)]
-        want = dense(x.double(), *wide, scales[0].double())
+        wide_weights, wide_biases = ([tensor.double() for tensor in tensors] for tensors in (weights, biases))
+        want = dense(x.double(), wide_weights, wide_biases, scales[0].double())
         check_same(case.operation, gated(x, weights, biases, masks[0]), want)
         check_same("the dense way", dense(x, weights, biases, scales[0]), want)
         check_same("the dense way in the other layout", converted(scales[0]), want)
@@ -131,7 +136,7 @@ def _network(name: str, width: float, size: int, batch: int, compiled: bool) -> 
 def _settled(module: Any) -> Any:
     """In evaluation, with normalisations that are not the identity."""
     for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
+        if isinstance(part, nn.BatchNorm2d) and part.running_mean is not None and part.running_var is not None:
             nn.init.uniform_(part.running_mean, -0.2, 0.2)
             nn.init.uniform_(part.running_var, 0.5, 1.5)
     return module.eval()

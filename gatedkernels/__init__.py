@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gatedkernels import models, nn
     from gatedkernels.inference import optimize
     from gatedkernels.models import gate
-    from gatedkernels.reporting import report
+    from gatedkernels.reporting.report import report
 
 __version__ = "0.1.0"
 

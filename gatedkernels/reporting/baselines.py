@@ -107,25 +107,28 @@ def compile_frozen(module: nn.Module, example: Tensor) -> Callable[[Tensor], Ten
     return compiled
 
 
-def verify(reference: nn.Module, gated: Mapping[str, nn.Module], dense: Baselines, example: Tensor) -> None:
+def verify(
+    reference: nn.Module, gated: Mapping[str, nn.Module], dense: Baselines, example: Tensor, *, density: float = 0.5
+) -> None:
     """Refuse to measure what computes something else.
 
-    Gated networks are compared under the same masks, half of the channels open, because a logit next to zero may fall
-    either way by rounding; dense ones with all channels open.
+    Gated networks are compared under the same random masks, because a logit next to zero may fall either way by
+    rounding; dense ones with all channels open.
 
     Args:
         reference: The masked twin, which is right by definition.
         gated: Gated networks with the gates of ``reference``, by name.
         dense: Dense baselines, bound to ``example``.
         example: The batch.
+        density: Fraction of open channels in the masks.
 
     Raises:
         RuntimeError: If one of them computes something else.
     """
     with torch.inference_mode():
-        right = _with_density(reference, example, 0.5)
+        right = _with_density(reference, example, density)
         for name, network in gated.items():
-            check_same(name, _with_density(network, example, 0.5), right)
+            check_same(name, _with_density(network, example, density), right)
         right = _with_density(reference, example, 1.0)
         for name, call in dense.calls.items():
             check_same(name, call(), right)

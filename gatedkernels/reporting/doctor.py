@@ -1,6 +1,8 @@
 """What is installed, what was found, what is missing and why."""
 
+import math
 import os
+from collections.abc import Sequence
 
 import torch
 from rich.console import Group
@@ -20,9 +22,8 @@ def examine() -> dict[str, dict[str, str]]:
             "cuda": _library("_cuda", _extension.CUDA_ERROR),
             "instruction set": instruction_set() or "none: operations take their definitions in PyTorch",
         },
-        "policy, backend auto": {
-            f"{operation} on the CPU": f"gated kernels up to {threshold:.0%} of the work kept, dense ones above"
-            for operation, threshold in policy.CPU_THRESHOLDS.items()
+        "policy of backend auto: up to which density the CPU's gated kernels serve, by output pixels of the batch": {
+            kernel: _thresholds(rows) for kernel, rows in policy.CPU_THRESHOLDS.items()
         },
     }
 
@@ -31,13 +32,19 @@ def render(facts: dict[str, dict[str, str]]) -> Group:
     """Lay the facts out, one small table a section."""
     tables = []
     for title, section in facts.items():
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, min_width=40)
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, min_width=72)
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in section.items():
             table.add_row(name, value)
         tables.append(table)
     return Group(*tables)
+
+
+def _thresholds(rows: Sequence[tuple[float, float]]) -> str:
+    return ", ".join(
+        f"{density:g} {f'to {pixels:g}' if math.isfinite(pixels) else 'beyond'}" for pixels, density in rows
+    )
 
 
 def _library(name: str, error: str | None) -> str:

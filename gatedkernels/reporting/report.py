@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -120,9 +121,16 @@ class Report:
         return "\n".join([self.headline(), "", lines[0], align, *lines[1:], "", self.footnote()])
 
     def __rich__(self) -> Table:
-        table = Table(title=self.headline(), caption=self.footnote(), caption_justify="left")
+        table = Table(
+            title=self.headline(),
+            caption=self.footnote(),
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.pad_edge = False
         for i, name in enumerate(_COLUMNS):
-            table.add_column(name, justify="left" if i in (0, len(_COLUMNS) - 1) else "right")
+            table.add_column(name, justify="left" if i in (0, len(_COLUMNS) - 1) else "right", no_wrap=True)
         for layer in self.layers:
             table.add_row(*layer.cells(), end_section=layer is self.layers[-1])
         table.add_row(*self.total.cells(), style="bold")

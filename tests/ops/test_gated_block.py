@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d
 
 import gatedkernels as gk
-from gatedkernels import _extension
+from gatedkernels import _extension, policy
 from gatedkernels.ops.gated_block import op
 
 # N, C, M (hidden), K, H, W, stride
@@ -272,6 +272,7 @@ def test_exported_with_any_batch(form: str, images):
 @pytest.mark.parametrize(("density", "served"), [(0.5, "cpu"), (1.0, "dense")])
 def test_auto_compares_the_density(density: float, served: str, images, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(op, "LAUNCHERS", {served: op.LAUNCHERS[served]})
+    monkeypatch.setattr(policy, "choose", lambda *_, **__: policy.Choice("cpu", 0.7))
     tensors = inputs((2, 6, 8, 5, 5, 5, 1), images, "contiguous", torch.float32)
     mask = torch.arange(8).expand(2, 8) < 8 * density
     y = operation(mask, 1)(*tensors)

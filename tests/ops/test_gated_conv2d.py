@@ -290,6 +290,15 @@ def test_permuted_outputs_and_unused_filters(backend: str, images, gradients):
     assert not dbias[[3, 17]].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused(backend: str, images):
+    x, (weight, bias) = images((2, 5, 4, 4)).requires_grad_(), make_weights(6, 5, 3, 3)
+    y = gk.gated_conv2d(x, weight.requires_grad_(), bias, padding=1, backend=backend)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once, not twice"):
+        dx.sum().backward()
+
+
 # -- gradients of gates ------------------------------------------------------------------------------------------------
 
 
@@ -485,6 +494,7 @@ def test_exported_with_any_batch(form: str, images):
 @pytest.mark.parametrize(("density", "unused"), [(0.3, "dense"), (1.0, "cpu")])
 def test_auto_compares_the_density(density: float, unused: str, images, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(op.LAUNCHERS, unused, forbid)
+    monkeypatch.setattr(policy, "choose", lambda *_, **__: policy.Choice("cpu", 0.7))
     x, (weight, bias) = images((2, 32, 6, 6)), make_weights(32, 32, 3, 3)
     mask = torch.arange(32).expand(2, 32) < 32 * density
     y = gk.gated_conv2d(x, weight, bias, None, mask, padding=1)
@@ -503,7 +513,7 @@ def test_an_explicit_backend_is_the_one(backend: str, density: float, images, mo
 
 def test_choice_looks_at_static_facts_only():
     x, weight = torch.empty(2, 8, 4, 4, device="meta"), torch.empty(8, 8, 3, 3, device="meta")
-    assert policy.choose("gated_conv2d", x, weight, *GEOMETRY, 1).backend == "dense"
+    assert policy.choose("conv_out", x, weight, *GEOMETRY, 1).backend == "dense"
     assert gk.gated_conv2d(x, weight, padding=1).is_meta
 
 

@@ -218,7 +218,12 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 9
 
 
+def _backward_twice(ctx, *_):  # type: ignore[no-untyped-def]
+    raise RuntimeError("gated operations can be differentiated once, not twice")
+
+
 torch.library.register_autograd("gatedkernels::gated_conv2d", _backward, setup_context=_save)
+torch.library.register_autograd("gatedkernels::gated_conv2d_backward", _backward_twice)
 
 
 def gated_conv2d(

@@ -1,0 +1,46 @@
+"""The machine's facts and ceilings, and the doctor who reads them out."""
+
+import pytest
+import torch
+
+from gatedkernels import _extension
+from gatedkernels.reporting import command, doctor, machine
+
+
+def test_facts():
+    assert machine.cpu_name()
+    found = machine.versions()
+    assert found.keys() == {"python", "gatedkernels", "torch", "numpy"}
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+@pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
+def test_instruction_set():
+    assert machine.instruction_set() in ("avx512_bf16", "avx512", "avx2", "portable")
+
+
+def test_no_library_no_instruction_set(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_extension, "CPU_ERROR", "it was not built")
+    assert machine.instruction_set() is None
+    facts = doctor.examine()["compiled kernels"]
+    assert facts["cpu"] == "missing: it was not built"
+    assert facts["instruction set"].startswith("none")
+
+
+def test_ceilings_are_measured_once_and_plausible(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "_PROBE_SECONDS", 0.01)
+    place = torch.device("cpu")
+    peak = machine.peak_macs(place, torch.float32, 1)
+    assert 1e8 < peak < 1e14
+    assert machine.peak_macs(place, torch.float32, 1) == peak
+    speed = machine.bandwidth(place, 3e6, 1)
+    assert 1e8 < speed < 1e14
+    assert machine.bandwidth(place, 3.1e6, 1) == speed
+
+
+def test_doctor_names_what_matters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    command.doctor()
+    said = capsys.readouterr().out
+    for word in ("torch", "numpy", "instruction set", "gpus", "cuda", "conv_in", "beyond", "threads"):
+        assert word in said

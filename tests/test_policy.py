@@ -1,0 +1,62 @@
+"""The policy decides from static facts: shapes, strides, dtypes, devices."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from gatedkernels import _extension, policy
+
+DENSE = policy.Choice("dense", 1.0)
+needs_cpu = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
+
+
+def choose(kernel: str = "conv_out", n: int = 4, side: int = 3, device: str = "cpu", **change: Any) -> policy.Choice:
+    dtype = change.get("dtype", torch.float32)
+    x = torch.empty(n, 8, 16, 16, dtype=dtype, device=device)
+    weight = torch.empty(8, 8, side, side, dtype=dtype, device=device)
+    stride, padding, dilation = ((change.get(name, usual),) * 2 for name, usual in
+                                 (("stride", 1), ("padding", side // 2), ("dilation", 1)))  # fmt: skip
+    return policy.choose(kernel, x, weight, stride, padding, dilation, change.get("groups", 1))
+
+
+@needs_cpu
+@pytest.mark.parametrize("kernel", policy.CPU_THRESHOLDS)
+@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_kernels_serve_what_they_can(kernel: str, side: int, stride: int):
+    choice = choose(kernel, side=side, stride=stride)
+    assert choice.backend == "cpu"
+    assert 0 <= choice.threshold < 1
+
+
+@pytest.mark.parametrize("kernel", policy.CPU_THRESHOLDS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": torch.float64},
+        {"dtype": torch.bfloat16},
+        {"device": "meta"},
+        {"padding": 0},
+        {"side": 5},
+        {"stride": 3},
+        {"dilation": 2},
+        {"groups": 2},
+    ],
+    ids=str,
+)
+def test_dense_serves_the_rest(kernel: str, change: dict[str, Any]):
+    assert choose(kernel, **change) == DENSE
+
+
+@pytest.mark.parametrize("kernel", policy.CPU_THRESHOLDS)
+def test_dense_serves_without_the_library(kernel: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_extension, "CPU_ERROR", "not built")
+    assert choose(kernel) == DENSE
+
+
+@needs_cpu
+@pytest.mark.parametrize("kernel", policy.CPU_THRESHOLDS)
+def test_more_pixels_for_each_weight_pay_more(kernel: str):
+    thresholds = [choose(kernel, n=n).threshold for n in (0, 1, 2, 4, 64, 1024)]
+    assert thresholds == sorted(thresholds)
