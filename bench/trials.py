@@ -41,10 +41,7 @@ class Trial:
 @contextmanager
 def block_trial(case: BlockCase) -> Iterator[Trial]:
     """An optimised block against prepacked oneDNN with fused activations; checked in float64."""
-    torch.manual_seed(0)
-    block = _settled(GatedBasicBlock(case.channels, case.channels))
-    x = _images(case.batch, case.channels, case.size)
-    fast, reference, dense = optimize(block, x), build_twin(block, gated=True).double(), prepack(build_twin(block))
+    block, fast, reference, dense, x = _block(case.channels, case.size, case.batch)
     masks = None if case.masks == "exact" else draw(case.masks, case.density, case.batch, case.channels)
 
     def masked(network: nn.Module) -> AbstractContextManager[None]:
@@ -52,11 +49,21 @@ def block_trial(case: BlockCase) -> Iterator[Trial]:
 
     with masked(fast), masked(reference), torch.inference_mode():
         check_same("the optimised block", fast(x), reference(x.double()))
-    with fix_gates(reference, 1.0), torch.inference_mode():
-        check_same("the prepacked block", dense(x), reference(x.double()))
     with masked(fast):
         kept = count_flops(fast, x).kept if masks is None else _mean_kept(block, x, masks)
         yield Trial(lambda: fast(x), {"prepacked": lambda: dense(x)}, kept)
+
+
+@lru_cache(maxsize=1)
+def _block(channels: int, size: int, batch: int) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module, Tensor]:
+    """A block, optimised, masked in float64 and dense, the same for all masks, and its batch."""
+    torch.manual_seed(0)
+    block = _settled(GatedBasicBlock(channels, channels))
+    x = _images(batch, channels, size)
+    fast, reference, dense = optimize(block, x), build_twin(block, gated=True).double(), prepack(build_twin(block))
+    with fix_gates(reference, 1.0), torch.inference_mode():
+        check_same("the prepacked block", dense(x), reference(x.double()))
+    return block, fast, reference, dense, x
 
 
 def _mean_kept(block: nn.Module, x: Tensor, masks: Tensor) -> float:

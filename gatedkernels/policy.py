@@ -67,8 +67,8 @@ def choose(
     if cpu_problem(x, weight, stride, padding, dilation, groups) is not None:
         return Choice("dense", 1.0)
     pixels = x.shape[0] * (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
-    if not isinstance(pixels, int):
-        pixels = 1 << 20  # a batch of any size, while exporting or compiling: take it for a large one
+    if torch.compiler.is_compiling() or not isinstance(pixels, int):
+        pixels = 1 << 20  # one graph for batches of any size: take them for large ones
     threshold = next(density for most, density in CPU_THRESHOLDS[kernel] if pixels <= most)
     if kernel != "conv_in" and not x.is_contiguous(memory_format=torch.channels_last):
         threshold = min(threshold, CPU_CONVERTED_THRESHOLD)

@@ -2,6 +2,7 @@
 // they exist without Python too), the hash of its sources' schemas, and the choice of the instruction set.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
 #include <string_view>
@@ -16,6 +17,8 @@ const Kernels& kernels() {
 #if defined(__x86_64__)
     const char* cap = std::getenv("GATEDKERNELS_ISA");
     const std::string_view most = cap ? cap : "avx512";
+    STD_TORCH_CHECK(most == "avx512" || most == "avx2" || most == "portable",
+                    "GATEDKERNELS_ISA must be avx512, avx2 or portable");
     if (most == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       return kAvx512Kernels;

@@ -11,6 +11,7 @@ template <int L>
 struct InRows {
   static constexpr int kMostPixels = L == 16 ? 9 : 6;
   static constexpr int kVectors = 2;
+  static constexpr int kChain = 64;  // input channels whose products are added one after another
   static constexpr int kAhead = 6;  // gathered weight rows start a new stream each: fetch this many ahead
 
   template <int R, int P>
@@ -103,24 +104,42 @@ struct InRows {
       upper[r] = inside(g, input_row(g, row, r));
       lower[r] = R == 2 && inside(g, input_row(g, row + 1, r));
     }
-    for (int j = 0; j < count; ++j) {
-      const int channel = channels ? channels[j] : j;
-      const float* in = corner + (conv.gathered ? channel : j) * conv.channel_step;
-      const float* w = weight + channel * int64_t{kRow};
-      if (prefetch) {
-        const int ahead = j + kAhead < count ? j + kAhead : count - 1;
-        const float* next = weight + (channels ? channels[ahead] : ahead) * int64_t{kRow};
-        for (int cache_line = 0; cache_line < kRow; cache_line += 16) __builtin_prefetch(next + cache_line);
+    // One long chain of additions would lose digits: sums of some channels are added to the total at a time.
+    Sums<R, P> total = {};
+    for (int from = 0; from < count; from += kChain) {
+      const int to = from + kChain < count ? from + kChain : count;
+      for (int j = from; j < to; ++j) {
+        const int channel = channels ? channels[j] : j;
+        const float* in = corner + (conv.gathered ? channel : j) * conv.channel_step;
+        const float* w = weight + channel * int64_t{kRow};
+        if (prefetch) {
+          const int ahead = j + kAhead < count ? j + kAhead : count - 1;
+          const float* next = weight + (channels ? channels[ahead] : ahead) * int64_t{kRow};
+          for (int cache_line = 0; cache_line < kRow; cache_line += 16) __builtin_prefetch(next + cache_line);
+        }
+        for (int r = 0; r < S; ++r, in += line, w += S * kBlock) {
+          if constexpr (R == 1) {
+            if (upper[r]) taps<S, R, P, true, false>(sum, in, pixel_step, step, line, w, left, right);
+          } else if (upper[r] && lower[r]) {
+            taps<S, R, P, true, true>(sum, in, pixel_step, step, line * g.stride, w, left, right);
+          } else if (upper[r]) {
+            taps<S, R, P, true, false>(sum, in, pixel_step, step, line * g.stride, w, left, right);
+          } else if (lower[r]) {
+            taps<S, R, P, false, true>(sum, in, pixel_step, step, line * g.stride, w, left, right);
+          }
+        }
       }
-      for (int r = 0; r < S; ++r, in += line, w += S * kBlock) {
-        if constexpr (R == 1) {
-          if (upper[r]) taps<S, R, P, true, false>(sum, in, pixel_step, step, line, w, left, right);
-        } else if (upper[r] && lower[r]) {
-          taps<S, R, P, true, true>(sum, in, pixel_step, step, line * g.stride, w, left, right);
-        } else if (upper[r]) {
-          taps<S, R, P, true, false>(sum, in, pixel_step, step, line * g.stride, w, left, right);
-        } else if (lower[r]) {
-          taps<S, R, P, false, true>(sum, in, pixel_step, step, line * g.stride, w, left, right);
+      if (count > kChain) {
+#pragma GCC unroll 2
+        for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 16
+          for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) {
+              total.at[i][p][v] += sum.at[i][p][v];
+              sum.at[i][p][v] = to < count ? Vector<L>{} : total.at[i][p][v];
+            }
+          }
         }
       }
     }
@@ -139,7 +158,7 @@ struct InRows {
             const float* from = residual + at + v * L;
             out += rest >= L ? load<L>(from) : load_first<L>(from, rest);
           }
-          if (conv.relu) out = at_least_zero<L>(out);
+          if (conv.relu) out = relu<L>(out);
           if (rest >= L) {
             store<L>(y + at + v * L, out);
           } else {

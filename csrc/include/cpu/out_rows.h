@@ -115,7 +115,7 @@ struct OutRows {
           Quad y = sums<L>(sum.at[i][p][t], sum.at[i][p + 1 < P ? p + 1 : last][t],
                            sum.at[i][p + 2 < P ? p + 2 : last][t], sum.at[i][p + 3 < P ? p + 3 : last][t]);
           if (conv.bias) y += broadcast<4>(conv.bias[channels[t]]);
-          if (conv.relu) y = at_least_zero<4>(y);
+          if (conv.relu) y = relu<4>(y);
           if constexpr (P >= 4) {
             store<4>(to + p, y);
           } else {

@@ -62,8 +62,8 @@ GK_INLINE void pin(Vector<L>& v) {
 }
 
 template <int L>
-GK_INLINE Vector<L> at_least_zero(Vector<L> v) {
-  return v > 0.0f ? v : Vector<L>{};
+GK_INLINE Vector<L> relu(Vector<L> v) {
+  return v < 0.0f ? Vector<L>{} : v;  // a NaN stays one
 }
 
 // The sums over the lanes of four vectors.
