@@ -34,6 +34,7 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench --benchmark
+	$(BIN)/python -m bench.report
 
 bench-check: $(VENV)/installed
 	$(BIN)/python -m bench.check
