@@ -78,7 +78,6 @@ class PackedGate(Packed):
         hidden = nn.functional.linear(x.mean((2, 3)), self.weight1, self.bias1).relu()
         return nn.functional.linear(hidden, self.weight2, self.bias2) >= 0
 
-
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
         """Cost of the gate's layers; see `gatedkernels.nn.flops`."""
         return [conv_cost(f"conv{i + 1}", shape, (1, 1), is_overhead=True) for i, shape in enumerate(self.shapes)]
