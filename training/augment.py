@@ -47,7 +47,11 @@ def photo_view(size: int, mean: Statistics, std: Statistics, *, blur: float = 0.
 def digit_view(size: int, mean: Statistics, std: Statistics) -> Transform:
     """Augment a handwritten digit: turn, shift, scale and shear it, never flip or recolour it."""
     deform = v2.RandomAffine(
-        degrees=12, translate=(0.08, 0.08), scale=(0.85, 1.15), shear=8, interpolation=v2.InterpolationMode.BILINEAR
+        degrees=12,
+        translate=(0.08, 0.08),
+        scale=(0.85, 1.15),
+        shear=(-10, 10, -10, 10),
+        interpolation=v2.InterpolationMode.BILINEAR,
     )
     return v2.Compose([v2.Resize((size, size), antialias=True), deform, *_normalise(mean, std)])
 
