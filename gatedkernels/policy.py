@@ -66,7 +66,7 @@ def choose(
     """The backend for this call of a kernel; looks at shapes, strides, dtypes and devices, never at values."""
     if cpu_problem(x, weight, stride, padding, dilation, groups) is not None:
         return Choice("dense", 1.0)
-    pixels = x.shape[0] * (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
+    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
     if torch.compiler.is_compiling() or not isinstance(pixels, int):
         pixels = 1 << 20  # one graph for batches of any size: take them for large ones
     threshold = next(density for most, density in CPU_THRESHOLDS[kernel] if pixels <= most)

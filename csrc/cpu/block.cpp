@@ -83,7 +83,7 @@ Tensor run_block(const Tensor& given_x, const float* rows1, const float* bias1, 
   Tensor scratch = empty({std::max<int64_t>(offset[N], 1)});
   float* planes = scratch.mutable_data_ptr<float>();
 
-  const OutConv conv1{size1, static_cast<int>(C), rows1, bias1, plane, true};
+  OutConv conv1{size1, static_cast<int>(C), rows1, bias1, plane, true};
   InConv conv2;
   conv2.size = size2, conv2.C = static_cast<int>(hidden_channels), conv2.K = static_cast<int>(out_channels);
   conv2.weight = blocks2, conv2.bias = bias2;
@@ -121,6 +121,11 @@ Tensor run_block(const Tensor& given_x, const float* rows1, const float* bias1, 
       }
     }
   };
+  if (N == 1) {
+    // Threads take turns in the queue: what comes after the own item is that of another thread.
+    conv1.ahead = static_cast<int>(3 * threads());
+    conv2.ahead = static_cast<int>(threads());
+  }
   for (int64_t n = 0; n < N; n += group) {
     add_first(n, std::min(n + group, N));
     add_second(n, std::min(n + group, N));
@@ -137,8 +142,8 @@ Tensor run_block(const Tensor& given_x, const float* rows1, const float* bias1, 
     const int64_t n = item.sample;
     const int32_t* channels = plan.list(n);
     if (!item.second) {
-      run.out_rows(conv1, in + n * size1.H * size1.W * C, channels + item.from, item.to - item.from, item.row,
-                   item.end, planes + offset[n] + item.from * plane);
+      run.out_rows(conv1, in + n * size1.H * size1.W * C, channels + item.from, item.to - item.from,
+                   plan.count[n] - item.from, item.row, item.end, planes + offset[n] + item.from * plane);
       left[n].fetch_sub(1, std::memory_order_release);
       return;
     }

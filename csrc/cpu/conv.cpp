@@ -104,7 +104,8 @@ Tensor conv_out(const Tensor& given_x, const Tensor& weight, const MaybeTensor& 
   in_order(N * pieces, [&](int64_t item) {
     const int64_t n = item / pieces, j = item % pieces * kTile, end = std::min(j + kTile, K);
     const int64_t active = std::clamp<int64_t>(plan.count[n], j, end);
-    kernels().out_rows(conv, in + n * size.H * size.W * C, plan.list(n) + j, static_cast<int>(active - j), 0, size.OH,
+    kernels().out_rows(conv, in + n * size.H * size.W * C, plan.list(n) + j, static_cast<int>(active - j),
+                       static_cast<int>(active - j), 0, size.OH,
                        out + (n * K + j) * plane);
     std::memset(out + (n * K + active) * plane, 0, (end - active) * plane * sizeof(float));
   });
@@ -139,7 +140,7 @@ Tensor gated_conv2d(const Tensor& given_x, const Tensor& weight, const MaybeTens
     const int32_t* channels = plan.list(n);
     // The kernel counts pixels from the image's first row; the planes hold this band only.
     std::vector<float> planes(plan.count[n] * plane);
-    kernels().out_rows(conv, in + n * size.H * size.W * C, channels, plan.count[n], static_cast<int>(row),
+    kernels().out_rows(conv, in + n * size.H * size.W * C, channels, plan.count[n], plan.count[n], static_cast<int>(row),
                        static_cast<int>(end), planes.data() - row * size.OW);
     for (int64_t p = 0; p < (end - row) * size.OW; ++p) {
       float* pixel = out + ((n * size.OH + row) * size.OW + p) * K;

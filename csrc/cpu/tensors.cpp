@@ -5,7 +5,7 @@
 namespace gatedkernels {
 
 Plan::Plan(const Tensor& mask) : samples(mask.size(0)), channels(mask.size(1)) {
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "masks are bool");
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.is_cpu(), "masks are bool, on the CPU");
   const Tensor packed = row_major(mask);
   const bool* from = packed.const_data_ptr<bool>();
   own_index.resize(samples * channels);

@@ -125,3 +125,14 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return torch.contiguous_format
     return torch.channels_last
+
+
+def in_best_layout(x: Tensor, *weights: Tensor) -> Tensor:
+    """Images in the layout in which PyTorch's dense convolution is the faster one.
+
+    It converts the smaller of images and weights: channels-last images take their filters along, which on small
+    batches are the larger part.
+    """
+    if x.device.type != "cpu" or x.numel() >= sum(weight.numel() for weight in weights):
+        return x
+    return x.contiguous()

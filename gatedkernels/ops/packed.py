@@ -86,6 +86,15 @@ for _name, _definition in DEFINITIONS.items():
         torch.library.impl(f"gatedkernels::{_name}", "CPU", _definition)
 
 
+def _no_gradient(ctx, *gradients):  # type: ignore[no-untyped-def]
+    raise RuntimeError("an optimised module has no gradients; differentiate the original")
+
+
+for _name in DEFINITIONS:
+    if _name != "channel_gate":  # its decisions carry none
+        torch.library.register_autograd(f"gatedkernels::{_name}", _no_gradient)
+
+
 def _images(x: Tensor, channels: int, stride: int) -> Tensor:
     size = ((x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
     return x.new_empty((x.shape[0], channels, *size)).to(memory_format=torch.channels_last)

@@ -9,9 +9,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
-from gatedkernels.inference import Packed, optimize
+from gatedkernels.inference import optimize
 from gatedkernels.models import GatedResNet
 from gatedkernels.nn import FlopCount, count_flops
+from gatedkernels.nn.packed import Packed
 from gatedkernels.reporting.baselines import dense_baselines, verify
 from gatedkernels.reporting.layers import Stopwatch, time_layers
 from gatedkernels.reporting.machine import bandwidth, peak_macs

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from gatedkernels.inference import (
+from gatedkernels.models import GatedResNet
+from gatedkernels.nn import Gate, GatedConv2d, fold_norm
+from gatedkernels.nn.blocks import GatedResidual
+from gatedkernels.nn.costs import ConvShape
+from gatedkernels.nn.masks import spread
+from gatedkernels.nn.packed import (
     PackedBasicBlock,
     PackedBottleneck,
     PackedConv2d,
     PackedGatedConv2d,
     PackedResidual,
 )
-from gatedkernels.models import GatedResNet
-from gatedkernels.nn import Gate, GatedConv2d, fold_norm
-from gatedkernels.nn.blocks import GatedResidual
-from gatedkernels.nn.costs import ConvShape
-from gatedkernels.nn.masks import spread
 from gatedkernels.ops.packed import unpack_blocks, unpack_rows
 
 _mkldnn = torch.ops.mkldnn

@@ -63,7 +63,7 @@ struct InRows {
   // Unit: neighbouring output pixels read neighbouring floats.
   template <int S, bool Unit, int R, int P>
   static void tile(const InConv& conv, const float* x, const int32_t* channels, int count, int lane, int row, int pixel,
-                   bool prefetch, const float* residual, float* y) {
+                   int64_t ahead, bool cold, const float* residual, float* y) {
     const Geometry& g = conv.size;
     constexpr int kRow = S * S * kBlock;
     const float* weight = conv.weight + int64_t{lane / kBlock} * conv.C * kRow + lane % kBlock;
@@ -112,10 +112,13 @@ struct InRows {
         const int channel = channels ? channels[j] : j;
         const float* in = corner + (conv.gathered ? channel : j) * conv.channel_step;
         const float* w = weight + channel * int64_t{kRow};
-        if (prefetch) {
-          const int ahead = j + kAhead < count ? j + kAhead : count - 1;
-          const float* next = weight + (channels ? channels[ahead] : ahead) * int64_t{kRow};
-          for (int cache_line = 0; cache_line < kRow; cache_line += 16) __builtin_prefetch(next + cache_line);
+        if (cold) {
+          const int soon = j + kAhead < count ? j + kAhead : count - 1;
+          const float* next = weight + (channels ? channels[soon] : soon) * int64_t{kRow};
+          for (int at = 0; at < kRow; at += 16) __builtin_prefetch(next + at);
+        }
+        if (ahead) {
+          for (int at = 0; at < kRow; at += 16) __builtin_prefetch(w + ahead + at, 0, 2);
         }
         for (int r = 0; r < S; ++r, in += line, w += S * kBlock) {
           if constexpr (R == 1) {
@@ -169,7 +172,8 @@ struct InRows {
     }
   }
 
-  using Tile = void (*)(const InConv&, const float*, const int32_t*, int, int, int, int, bool, const float*, float*);
+  using Tile = void (*)(const InConv&, const float*, const int32_t*, int, int, int, int, int64_t, bool, const float*,
+                        float*);
 
   template <int S, bool Unit, int R, int Most>
   static constexpr std::array<Tile, Most> table() {
@@ -184,13 +188,17 @@ struct InRows {
     static constexpr auto kTiles = table<S, Unit, R, Most>();
     const RowCut cut(conv.size.OW, (conv.size.OW + Most - 1) / Most);
     const int lanes = last * kBlock < conv.K ? last * kBlock : conv.K;
+    const int blocks = (conv.K + kBlock - 1) / kBlock;
     bool cold = true;
     for (int oy = row; oy + R <= end; oy += R) {
       int pixel = 0;
       for (int i = 0; i < cut.tiles; ++i) {
         const int width = cut.size + (i < cut.larger ? 1 : 0);
         for (int lane = block * kBlock; lane < lanes; lane += kVectors * L) {
-          kTiles[width - 1](conv, x, channels, count, lane, oy, pixel, cold, residual, y);
+          // The last tile of a block fetches the weights of the block that will probably be next.
+          const bool leaves = oy + 2 * R > end && i + 1 == cut.tiles && !cold && block + conv.ahead < blocks;
+          const int64_t ahead = leaves ? int64_t{conv.ahead} * conv.C * S * S * kBlock : 0;
+          kTiles[width - 1](conv, x, channels, count, lane, oy, pixel, ahead, cold, residual, y);
         }
         pixel += width;
         cold = false;

@@ -21,6 +21,7 @@ struct OutConv {
   const float* bias;    // (K), or null
   int64_t plane;        // floats from one output plane to the next
   bool relu;
+  int ahead = 0;  // how much further down the list this thread will probably go on; 0: nobody knows
 };
 
 // In-gated: reads the listed input channels wherever they lie, writes NHWC pixels of all K output channels.
@@ -32,12 +33,14 @@ struct InConv {
   int64_t channel_step, row_step, pixel_step;  // floats between neighbours in the input
   bool gathered;  // the input holds all channels (step by the listed ones), or the listed ones only (step by position)
   bool relu;
+  int ahead = 0;  // how many blocks further on this thread will probably go on; 0: nobody knows
 };
 
 struct Kernels {
   const char* name;
-  // Output rows [row, end) of the listed channels of one sample; planes points at the first listed channel's plane.
-  void (*out_rows)(const OutConv&, const float* x, const int32_t* channels, int count, int row, int end,
+  // Output rows [row, end) of the first `count` listed channels of one sample, `listed` there are in all; planes points
+  // at the first listed channel's plane.
+  void (*out_rows)(const OutConv&, const float* x, const int32_t* channels, int count, int listed, int row, int end,
                    float* planes);
   // Output rows [row, end) of the blocks [block, last) of output channels; null channels stand for 0, 1, …, count - 1.
   void (*in_rows)(const InConv&, const float* x, const int32_t* channels, int count, int block, int last, int row,

@@ -25,10 +25,14 @@ struct OutRows {
   // One tap of the window for the pixels [From, To) of the rows that are inside the image.
   template <int R, int P, int T, int From, int To, bool Upper, bool Lower>
   static GK_INLINE void tap(Sums<R, P, T>& sum, const OutConv& conv, const float* x, int64_t step, int64_t line,
-                            const float* const* weight, int64_t offset, int64_t ahead) {
+                            const float* const* weight, const float* const* ahead, int64_t offset) {
     const float* ws[T];
+    const float* next[T];
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) ws[t] = weight[t] + offset;
+    for (int t = 0; t < T; ++t) {
+      ws[t] = weight[t] + offset;
+      next[t] = ahead[t] + offset;
+    }
     auto accumulate = [&](auto read) __attribute__((always_inline)) {
       Vector<L> w[T];
 #pragma GCC unroll 4
@@ -50,7 +54,7 @@ struct OutRows {
     int c = 0;
     for (; c + L <= conv.C; c += L) {
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) __builtin_prefetch(ws[t] + ahead + c, 0, 2);
+      for (int t = 0; t < T; ++t) __builtin_prefetch(next[t] + c, 0, 2);
       accumulate([c](const float* from) __attribute__((always_inline)) { return load<L>(from + c); });
     }
     if (c < conv.C) {
@@ -63,21 +67,21 @@ struct OutRows {
 
   template <int R, int P, int T, bool Upper, bool Lower>
   static GK_INLINE void taps(Sums<R, P, T>& sum, const OutConv& conv, const float* x, int64_t step, int64_t line,
-                             const float* const* weight, int64_t offset, int64_t ahead, bool left, bool right) {
+                             const float* const* weight, const float* const* ahead, int64_t offset, bool left, bool right) {
     const int S = conv.size.S;
     for (int s = 0; s < S; ++s, x += conv.C, offset += conv.C) {
       if (left && s == 0) {
-        tap<R, P, T, 1, P, Upper, Lower>(sum, conv, x, step, line, weight, offset, ahead);
+        tap<R, P, T, 1, P, Upper, Lower>(sum, conv, x, step, line, weight, ahead, offset);
       } else if (right && s == S - 1) {
-        tap<R, P, T, 0, P - 1, Upper, Lower>(sum, conv, x, step, line, weight, offset, ahead);
+        tap<R, P, T, 0, P - 1, Upper, Lower>(sum, conv, x, step, line, weight, ahead, offset);
       } else {
-        tap<R, P, T, 0, P, Upper, Lower>(sum, conv, x, step, line, weight, offset, ahead);
+        tap<R, P, T, 0, P, Upper, Lower>(sum, conv, x, step, line, weight, ahead, offset);
       }
     }
   }
 
   template <int R, int P, int T>
-  static void tile(const OutConv& conv, const float* x, const int32_t* channels, int row, int pixel, int64_t ahead,
+  static void tile(const OutConv& conv, const float* x, const int32_t* channels, const int32_t* next, int row, int pixel,
                    float* planes) {
     const Geometry& g = conv.size;
     const int S = g.S;
@@ -85,7 +89,11 @@ struct OutRows {
     const int64_t step = int64_t{g.stride} * conv.C, line = int64_t{g.W} * conv.C;
     const bool left = reads_left(g, pixel), right = reads_right(g, pixel + P - 1);
     const float* weight[T];
-    for (int t = 0; t < T; ++t) weight[t] = conv.weight + channels[t] * filter;
+    const float* ahead[T];
+    for (int t = 0; t < T; ++t) {
+      weight[t] = conv.weight + channels[t] * filter;
+      ahead[t] = conv.weight + next[t] * filter;
+    }
     Sums<R, P, T> sum = {};
     for (int r = 0; r < S; ++r) {
       const int first = input_row(g, row, r);
@@ -93,13 +101,13 @@ struct OutRows {
       const int64_t offset = int64_t{r} * S * conv.C;
       const bool upper = inside(g, first), lower = R == 2 && inside(g, first + g.stride);
       if constexpr (R == 1) {
-        if (upper) taps<R, P, T, true, false>(sum, conv, in, step, line, weight, offset, ahead, left, right);
+        if (upper) taps<R, P, T, true, false>(sum, conv, in, step, line, weight, ahead, offset, left, right);
       } else if (upper && lower) {
-        taps<R, P, T, true, true>(sum, conv, in, step, line * g.stride, weight, offset, ahead, left, right);
+        taps<R, P, T, true, true>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
       } else if (upper) {
-        taps<R, P, T, true, false>(sum, conv, in, step, line * g.stride, weight, offset, ahead, left, right);
+        taps<R, P, T, true, false>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
       } else if (lower) {
-        taps<R, P, T, false, true>(sum, conv, in, step, line * g.stride, weight, offset, ahead, left, right);
+        taps<R, P, T, false, true>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
       }
     }
 #pragma GCC unroll 4
@@ -126,7 +134,7 @@ struct OutRows {
     }
   }
 
-  using Tile = void (*)(const OutConv&, const float*, const int32_t*, int, int, int64_t, float*);
+  using Tile = void (*)(const OutConv&, const float*, const int32_t*, const int32_t*, int, int, float*);
   using ByChannels = std::array<Tile, 4>;
 
   template <int R, int P>
@@ -156,8 +164,8 @@ struct OutRows {
   }
 
   template <int R, int Most>
-  static void walk(const OutConv& conv, const float* x, const int32_t* channels, int count, int row, int end,
-                   float* planes) {
+  static void walk(const OutConv& conv, const float* x, const int32_t* channels, int count, int listed, int row,
+                   int end, float* planes) {
     static constexpr auto kTiles = table<R, Most>();
     const RowCut cut = best_cut<R, Most>(conv.size.OW);
     const int most = channels_for(R * cut.widest());
@@ -175,10 +183,11 @@ struct OutRows {
           const int many = count - j < most ? count - j : most;
           const Tile tile = kTiles[width - 1][many - 1];
           // The first tile that uses these weights fetches the next ones, which may lie anywhere.
-          const int next = j + most < count ? channels[j + most] - channels[j] : 0;
-          int64_t ahead = from == row && i == 0 ? next * (int64_t{conv.size.S} * conv.size.S * conv.C) : 0;
-          for (int y = from; y + R <= to; y += R, ahead = 0) {
-            tile(conv, x, channels + j, y, pixel, ahead, planes + j * conv.plane);
+          const int far = j + most < count ? j + most : j + conv.ahead;
+          const bool fetch = from == row && i == 0 && far + many <= listed;
+          const int32_t* next = channels + (fetch ? far : j);
+          for (int y = from; y + R <= to; y += R, next = channels + j) {
+            tile(conv, x, channels + j, next, y, pixel, planes + j * conv.plane);
           }
         }
         pixel += width;
@@ -186,15 +195,15 @@ struct OutRows {
     }
   }
 
-  static void run(const OutConv& conv, const float* x, const int32_t* channels, int count, int row, int end,
+  static void run(const OutConv& conv, const float* x, const int32_t* channels, int count, int listed, int row, int end,
                   float* planes) {
     constexpr int kNarrow = L == 16 ? 4 : 2;  // images this narrow fill a tile with two rows
     int paired = row;
     if (conv.size.OW <= kNarrow) {
       paired = row + (end - row) / 2 * 2;
-      walk<2, kNarrow>(conv, x, channels, count, row, paired, planes);
+      walk<2, kNarrow>(conv, x, channels, count, listed, row, paired, planes);
     }
-    if (paired < end) walk<1, kMostPixels>(conv, x, channels, count, paired, end, planes);
+    if (paired < end) walk<1, kMostPixels>(conv, x, channels, count, listed, paired, end, planes);
   }
 };
 

@@ -1,0 +1,332 @@
+"""Gated modules for inference: normalisations folded, weights packed for the kernels.
+
+They keep the names inside the modules they replace, so that gates, masks and FLOPs go by the same keys.
+"""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, pad
+
+from gatedkernels.nn.blocks import Branch, GatedBasicBlock, GatedBottleneck
+from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
+from gatedkernels.nn.fold import fold_norm
+from gatedkernels.nn.gate import ChannelGate, Gate
+from gatedkernels.nn.gated_conv import GatedConv2d
+from gatedkernels.nn.masks import check_mask
+from gatedkernels.ops import gated_block, gated_conv2d
+from gatedkernels.ops.packed import pack_blocks, pack_rows, unpack_blocks, unpack_rows
+
+_ops = torch.ops.gatedkernels
+_WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
+
+
+class Packed(nn.Module):
+    """A module for evaluation only, whose weights are a snapshot."""
+
+    def train(self, mode: bool = True) -> "Packed":
+        """Refuse to train.
+
+        Raises:
+            RuntimeError: If ``mode`` is True.
+        """
+        if mode:
+            raise RuntimeError("an optimised module is for evaluation only; train the original and optimise it again")
+        return super().train(False)
+
+    def _keep(self, **tensors: Tensor | None) -> None:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+
+
+class PackedGate(Packed):
+    """A channel gate, its normalisation folded; returns the mask alone."""
+
+    is_gate = True
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+
+    def __init__(self, gate: ChannelGate) -> None:
+        super().__init__()
+        weight1, bias1 = fold_norm(gate.conv1.weight, gate.conv1.bias, gate.bn)
+        weight2, bias2 = gate.conv2.weight.flatten(1), gate.conv2.bias
+        self._keep(
+            weight1=weight1.flatten(1),
+            bias1=bias1,
+            weight2=weight2,
+            bias2=weight2.new_zeros(len(weight2)) if bias2 is None else bias2,
+        )
+        self.shapes = ConvShape.of(gate.conv1), ConvShape.of(gate.conv2)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""
+        _check_images(x, self.shapes[0].in_channels, self.weight1)
+        if _is_native(x):
+            return _ops.channel_gate(x, *map(self._buffers.__getitem__, _WEIGHTS))
+        hidden = nn.functional.linear(x.mean((2, 3)), self.weight1, self.bias1).relu()
+        return nn.functional.linear(hidden, self.weight2, self.bias2) >= 0
+
+    def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
+        """Cost of the gate's layers; see `gatedkernels.nn.flops`."""
+        return [conv_cost(f"conv{i + 1}", shape, (1, 1), is_overhead=True) for i, shape in enumerate(self.shapes)]
+
+
+class PackedConv2d(Packed):
+    """A convolution with its normalisation, and its ReLU where it has one."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, relu: bool) -> None:
+        super().__init__()
+        self.shape = ConvShape.of(conv)
+        self.relu = relu
+        weight, bias = fold_norm(conv.weight, conv.bias, norm)
+        kernel, padding = self.shape.kernel_size, self.shape.padding
+        self.extra_padding = padding[0] - kernel[0] // 2
+        self.is_packed = (
+            kernel in ((1, 1), (3, 3))
+            and padding[0] == padding[1]
+            and self.extra_padding >= 0
+            and self.shape.stride in ((1, 1), (2, 2))
+            and self.shape.dilation == (1, 1)
+            and self.shape.groups == 1
+        )
+        self._keep(
+            weight=pack_blocks(weight) if self.is_packed else weight.contiguous(memory_format=torch.channels_last),
+            bias=weight.new_zeros(len(weight)) if bias is None else bias,
+        )
+        self.eval()
+
+    def forward(
+        self,
+        x: Tensor,
+        in_mask: Tensor | None = None,
+        out_mask: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Convolve; ``in_mask`` and ``out_mask``, bool, shape (N, channels), close channels."""
+        shape = self.shape
+        _check_images(x, shape.in_channels, self.weight)
+        if self.is_packed and _is_native(x):
+            if self.extra_padding:
+                x = pad(x, (self.extra_padding,) * 4)
+            stride, channels = shape.stride[0], shape.out_channels
+            return _ops.packed_conv2d(
+                x, self.weight, self.bias, in_mask, out_mask, residual, channels, stride, self.relu
+            )
+        weight = unpack_blocks(self.weight, shape.out_channels) if self.is_packed else self.weight
+        options: dict[str, Any] = {"stride": shape.stride, "padding": shape.padding, "dilation": shape.dilation}
+        if in_mask is None and out_mask is None:
+            y = conv2d(x, weight, self.bias, groups=shape.groups, **options)
+        else:
+            y = gated_conv2d(x, weight, self.bias, in_mask, out_mask, groups=shape.groups, **options)
+        y = y if residual is None else y + residual
+        return y.relu() if self.relu else y
+
+    def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
+        """Cost of the convolution; see `gatedkernels.nn.flops`."""
+        return [conv_cost("", self.shape, output_size(self.shape, (input_shape[-2], input_shape[-1])))]
+
+
+class PackedGatedConv2d(Packed):
+    """A `GatedConv2d` with its normalisation."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, conv: GatedConv2d) -> None:
+        super().__init__()
+        self.shape, self.group = ConvShape.of(conv), conv.group
+        weight, bias = fold_norm(conv.weight, conv.bias, conv.norm)
+        self._keep(weight=weight.contiguous(memory_format=torch.channels_last), bias=bias)
+        self.gate = None if conv.gate is None else PackedGate(conv.gate)
+        self.activation = copy.deepcopy(conv.activation)
+        self.eval()
+
+    def forward(self, x: Tensor, in_mask: Tensor | None = None, out_mask: Tensor | None = None) -> Tensor:
+        """Compute the open output channels from the open input channels; masks are those of `GatedConv2d`."""
+        shape = self.shape
+        _check_images(x, shape.in_channels, self.weight)
+        if out_mask is None and self.gate is not None:
+            out_mask = self.gate(x)
+        if in_mask is None and out_mask is None:
+            y = conv2d(x, self.weight, self.bias, shape.stride, shape.padding, shape.dilation, shape.groups)
+        else:
+            y = gated_conv2d(
+                x,
+                self.weight,
+                self.bias,
+                in_mask,
+                out_mask,
+                stride=shape.stride,
+                padding=shape.padding,
+                dilation=shape.dilation,
+                groups=shape.groups,
+                group=self.group,
+            )
+        if self.activation is None:
+            return y
+        y = self.activation(y)
+        return y if out_mask is None else y.masked_fill(~_spread(out_mask, self.group)[:, :, None, None], 0)
+
+    def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
+        """Cost of the convolution; see `gatedkernels.nn.flops`."""
+        size = output_size(self.shape, (input_shape[-2], input_shape[-1]))
+        return [conv_cost("", self.shape, size, out_gate=None if self.gate is None else "gate")]
+
+
+class PackedResidual(Packed):
+    """What the packed blocks share: the shortcut, their one branch, and what they cost."""
+
+    def __init__(self, block: GatedBasicBlock | GatedBottleneck, branch: Branch) -> None:
+        super().__init__()
+        self.branch: Branch = branch
+        self.group = block.group
+        self.gate_names = block.gate_names
+        self.shapes = [ConvShape.of(conv) for conv in block.convs()]
+        for name in self.gate_names:
+            self.add_module(name, PackedGate(getattr(block, name)) if branch == "gated" else None)
+        self.downsample = None
+        if block.downsample is not None:
+            conv, norm = block.downsample
+            self.downsample = PackedConv2d(cast(nn.Conv2d, conv), norm, relu=False)
+
+    def _check(self, x: Tensor, branch: str | None, masks: tuple[Tensor | None, ...]) -> None:
+        if branch not in (None, self.branch):
+            raise ValueError(f"branch must be {self.branch!r}, which this module was optimised for, got {branch!r}")
+        for name, mask, shape in zip(self.gate_names, masks, self.shapes, strict=False):
+            if mask is not None:
+                if self.branch == "dense":
+                    raise ValueError(f"mask must be None in a module optimised for branch 'dense', got one for {name}")
+                check_mask("mask", mask, x.shape[0], shape.out_channels, self.group)
+                if mask.device != x.device:
+                    raise ValueError(f"mask must be on the device of x, {x.device}, got {mask.device}")
+
+    def _decide(self, name: str, x: Tensor) -> Tensor | None:
+        gate = self._modules[name]
+        return None if gate is None else gate(x)
+
+    def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
+        """Cost of the convolutions, without the gates'; see `gatedkernels.nn.flops`."""
+        size = in_size = (input_shape[-2], input_shape[-1])
+        names = self.gate_names if self.branch == "gated" else (None,) * len(self.gate_names)
+        gates, costs = (None, *names, None), []
+        for i, shape in enumerate(self.shapes):
+            size = output_size(shape, size)
+            costs.append(conv_cost(f"conv{i + 1}", shape, size, in_gate=gates[i], out_gate=gates[i + 1]))
+        if self.downsample is not None:
+            shape = self.downsample.shape
+            costs.append(conv_cost("downsample.0", shape, output_size(shape, in_size)))
+        return costs
+
+
+class PackedBasicBlock(PackedResidual):
+    """A `GatedBasicBlock` as two operations: the gate, and everything else."""
+
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+
+    def __init__(self, block: GatedBasicBlock, branch: Branch) -> None:
+        super().__init__(block, branch)
+        norm1, norm2 = block.norms(branch)
+        weight1, bias1 = fold_norm(block.conv1.weight, None, norm1)
+        weight2, bias2 = fold_norm(block.conv2.weight, None, norm2)
+        self._keep(weight1=pack_rows(weight1), bias1=bias1, weight2=pack_blocks(weight2), bias2=bias2)
+        self.eval()
+
+    def forward(
+        self, x: Tensor, branch: Branch | None = None, mask: Tensor | None = None, return_gate: bool = False
+    ) -> Tensor | tuple[Tensor, Gate | None]:
+        """Run the block; arguments and result are those of `GatedBasicBlock`."""
+        shape = self.shapes[0]
+        _check_images(x, shape.in_channels, self.weight1)
+        if mask is not None or branch is not None:
+            self._check(x, branch, (mask,))
+        if mask is None:
+            mask = self._decide("gate", x)
+        if mask is None:
+            spread = torch.ones((x.shape[0], shape.out_channels), dtype=torch.bool, device=x.device)
+        else:
+            spread = _spread(mask, self.group)
+        residual = x if self.downsample is None else self.downsample(x)
+        if _is_native(x) and shape.stride in ((1, 1), (2, 2)):
+            weights = map(self._buffers.__getitem__, _WEIGHTS)  # the attributes, without the search for them
+            y = _ops.packed_block(x, *weights, spread, residual, shape.stride[0])
+        else:
+            weight2 = unpack_blocks(self.weight2, len(self.bias2))
+            y = gated_block(
+                x, unpack_rows(self.weight1), self.bias1, weight2, self.bias2, spread,
+                residual=residual, stride=shape.stride,
+            )  # fmt: skip
+        return (y, _as_gate(mask)) if return_gate else y
+
+
+class PackedBottleneck(PackedResidual):
+    """A `GatedBottleneck` as a chain of gated convolutions."""
+
+    weight1: Tensor
+    bias1: Tensor
+
+    def __init__(self, block: GatedBottleneck, branch: Branch) -> None:
+        super().__init__(block, branch)
+        norm1, norm2, norm3 = block.norms(branch)
+        weight1, bias1 = fold_norm(block.conv1.weight, None, norm1)
+        self._keep(weight1=weight1, bias1=bias1)
+        self.conv2 = PackedConv2d(block.conv2, norm2, relu=True)
+        self.conv3 = PackedConv2d(block.conv3, norm3, relu=True)
+        self.eval()
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Branch | None = None,
+        mask: tuple[Tensor | None, Tensor | None] | None = None,
+        return_gate: bool = False,
+    ) -> Tensor | tuple[Tensor, tuple[Gate | None, Gate | None]]:
+        """Run the block; arguments and result are those of `GatedBottleneck`."""
+        _check_images(x, self.shapes[0].in_channels, self.weight1)
+        if mask is not None and (not isinstance(mask, tuple) or len(mask) != 2):
+            raise TypeError(f"mask must be a pair, one for each gate, got {type(mask).__name__}")
+        brought = mask or (None, None)
+        self._check(x, branch, brought)
+        mask1 = self._decide("gate1", x) if brought[0] is None else brought[0]
+        open1 = None if mask1 is None else _spread(mask1, self.group)
+        h = gated_conv2d(x, self.weight1, self.bias1, None, open1).relu_()
+        mask2 = self._decide("gate2", h) if brought[1] is None else brought[1]
+        open2 = None if mask2 is None else _spread(mask2, self.group)
+        h = self.conv2(h, open1, open2)
+        y = self.conv3(h, open2, residual=x if self.downsample is None else self.downsample(x))
+        return (y, (_as_gate(mask1), _as_gate(mask2))) if return_gate else y
+
+
+def _is_native(x: Tensor) -> bool:
+    """Whether the packed operators serve this input: everything but other dtypes."""
+    return x.dtype == torch.float32
+
+
+def _check_images(x: Tensor, channels: int, weight: Tensor) -> None:
+    """Refuse what the kernels would misread; the operators themselves check no more than invariants."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"x must have shape (N, {channels}, H, W), got {tuple(x.shape)}")
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x must have the dtype of the optimised module, {weight.dtype}, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x must be on the device of the optimised module, {weight.device}, got {x.device}")
+
+
+def _spread(mask: Tensor, group: int) -> Tensor:
+    return mask if group == 1 else mask.repeat_interleave(group, 1)
+
+
+def _as_gate(mask: Tensor | None) -> Gate | None:
+    return None if mask is None else Gate(mask, mask.to(torch.float32))

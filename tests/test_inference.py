@@ -1,0 +1,206 @@
+"""What `optimize` promises: the same results, an ordinary module, and clear refusals."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import gatedkernels as gk
+from gatedkernels.nn import GatedBasicBlock, GatedBottleneck
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Statistics as after some training, so that folding them matters."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(module.bias, 0, 0.1, generator=generator)
+    return model.eval()
+
+
+def resnet(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return lively(gk.models.gated_resnet18(num_classes=5, stem="cifar", width=1 / 8, **options))
+
+
+MODULES = {
+    "basic": (lambda: lively(GatedBasicBlock(20, 36, stride=2)), (3, 20, 9, 7)),
+    "basic group": (lambda: lively(GatedBasicBlock(16, 16, group=8)), (3, 16, 6, 6)),
+    "basic stride 3": (lambda: lively(GatedBasicBlock(8, 12, stride=3)), (3, 8, 7, 7)),
+    "bottleneck": (lambda: lively(GatedBottleneck(24, 12, stride=2)), (3, 24, 7, 5)),
+    "convolution": (lambda: lively(gk.GatedConv2d(8, 40, 3, padding=1, activation=nn.ReLU())), (3, 8, 6, 6)),
+    "sigmoid": (
+        lambda: lively(gk.GatedConv2d(8, 40, 1, norm=nn.BatchNorm2d(40), activation=nn.Sigmoid())),
+        (3, 8, 6, 6),
+    ),
+    "resnet18": (resnet, (3, 3, 16, 16)),
+    "resnet18 imagenet": (
+        lambda: lively(gk.models.gated_resnet18(num_classes=None, width=1 / 8, separate_norm=False)),
+        (2, 3, 64, 64),
+    ),
+    "resnet50": (lambda: lively(gk.models.gated_resnet50(num_classes=5, stem="cifar", width=1 / 8)), (2, 3, 16, 16)),
+}
+
+
+@pytest.fixture(params=MODULES)
+def pair(request) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    make, shape = MODULES[request.param]
+    model, x = make(), torch.randn(shape)
+    return model, gk.optimize(model, x), x
+
+
+@pytest.mark.parametrize("density", [None, 0.0, 0.3, 1.0])
+def test_computes_the_same(pair, density: float | None):
+    model, fast, x = pair
+    with torch.no_grad():
+        if density is None:
+            torch.testing.assert_close(fast(x), model(x), atol=2e-5, rtol=2e-4)
+            return
+        with gk.fix_gates(model, density):
+            expected = model(x)
+        with gk.fix_gates(fast, density):
+            torch.testing.assert_close(fast(x), expected, atol=2e-5, rtol=2e-4)
+
+
+def test_counts_the_same_flops(pair):
+    model, fast, x = pair
+    ours, theirs = gk.count_flops(fast, x), gk.count_flops(model, x)
+    assert (ours.dense, ours.executed) == (theirs.dense, theirs.executed)
+
+
+def test_any_batch_and_size():
+    model = resnet()
+    fast = gk.optimize(model, torch.randn(2, 3, 16, 16))
+    with torch.no_grad():
+        for shape in [(1, 3, 16, 16), (5, 3, 11, 23), (0, 3, 16, 16)]:
+            x = torch.randn(shape)
+            torch.testing.assert_close(fast(x), model(x), atol=2e-5, rtol=2e-4)
+
+
+def test_dense_branch():
+    model, x = resnet(), torch.randn(2, 3, 16, 16)
+    dense = gk.optimize(model, x, branch="dense")
+    with torch.no_grad():
+        torch.testing.assert_close(dense(x), model(x, branch="dense"), atol=2e-5, rtol=2e-4)
+    with pytest.raises(ValueError, match="branch must be 'dense'"):
+        dense(x, branch="gated")
+    with pytest.raises(ValueError, match="branch must be 'gated'"):
+        gk.optimize(model, x)(x, branch="dense")
+
+
+def test_brought_masks_and_returned_gates():
+    model, x = resnet(), torch.randn(2, 3, 16, 16)
+    fast = gk.optimize(model, x)
+    mask = torch.rand(2, 8) < 0.5
+    with torch.no_grad():
+        expected, _ = model(x, masks={"layer1.0": mask}, return_gates=True)
+        y, gates = fast(x, masks={"layer1.0": mask}, return_gates=True)
+    torch.testing.assert_close(y, expected, atol=2e-5, rtol=2e-4)
+    assert torch.equal(gates["layer1.0"].mask, mask)
+    assert list(gates) == model.gate_keys()
+
+
+def test_leaves_the_original_alone():
+    model, x = resnet(), torch.randn(2, 3, 16, 16)
+    before = copy.deepcopy(model.state_dict())
+    fast = gk.optimize(model, x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        y = fast(x)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(fast(x), y)
+
+
+def test_is_an_ordinary_module():
+    fast, x = gk.optimize(resnet(), torch.randn(2, 3, 16, 16)), torch.randn(2, 3, 16, 16)
+    other = gk.optimize(lively(gk.models.gated_resnet18(num_classes=5, stem="cifar", width=1 / 8)), x)
+    with torch.no_grad():
+        y = fast(x)
+        assert torch.equal(copy.deepcopy(fast)(x), y)
+        buffer = io.BytesIO()
+        torch.save(fast.state_dict(), buffer)
+        buffer.seek(0)
+        other.load_state_dict(torch.load(buffer, weights_only=True))
+        assert torch.equal(other(x), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype: torch.dtype):
+    model, x = resnet(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), gk.fix_gates(model, 0.5):
+        expected = model(x)
+    fast = gk.optimize(model, x).to(dtype)
+    with torch.no_grad(), gk.fix_gates(fast, 0.5):
+        y = fast(x.to(dtype))
+    assert y.dtype == dtype
+    error = ((y.float() - expected).norm() / expected.norm()).item()
+    assert error < (0.03 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_compiles_and_exports():
+    fast, x = gk.optimize(resnet(), torch.randn(2, 3, 16, 16)), torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        expected = fast(x)
+        torch.testing.assert_close(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), expected)
+        batch = {"x": {0: torch.export.Dim("batch", min=2, max=64)}}
+        exported = torch.export.export(fast, (x,), dynamic_shapes=batch).module()
+        torch.testing.assert_close(exported(x), expected)
+        torch.testing.assert_close(exported(x[:3]), expected[:3])
+
+
+def test_refuses_to_train():
+    fast = gk.optimize(resnet(), torch.randn(1, 3, 16, 16))
+    with pytest.raises(RuntimeError, match="evaluation only"):
+        fast.train()
+    x = torch.randn(1, 3, 16, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no gradients"):
+        fast(x).sum().backward()
+
+
+def test_bad_models():
+    x = torch.randn(1, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        gk.optimize(resnet().train(), x)
+    with pytest.raises(ValueError, match="must hold gated modules"):
+        gk.optimize(nn.Conv2d(3, 3, 1).eval(), x)
+    with pytest.raises(ValueError, match="optimised already"):
+        gk.optimize(gk.optimize(resnet(), x), x)
+    with pytest.raises(ValueError, match="branch must be one of"):
+        gk.optimize(resnet(), x, branch="sparse")
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (torch.randn(3, 16, 16), ValueError),
+        (torch.randn(2, 4, 16, 16), ValueError),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.int32), TypeError),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.float64), TypeError),
+        (torch.zeros(2, 3, 16, 16, device="meta"), ValueError),
+    ],
+)
+def test_bad_images(bad: torch.Tensor, error: type[Exception]):
+    fast = gk.optimize(resnet(), torch.randn(2, 3, 16, 16))
+    with torch.no_grad(), pytest.raises(error, match="x must"):
+        fast(bad)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error"),
+    [
+        (torch.ones(2, 8), TypeError),
+        (torch.ones(2, 9, dtype=torch.bool), ValueError),
+        (torch.ones(2, 8, dtype=torch.bool, device="meta"), ValueError),
+    ],
+)
+def test_bad_masks(mask: torch.Tensor, error: type[Exception]):
+    x = torch.randn(2, 3, 16, 16)
+    fast = gk.optimize(resnet(), x)
+    with torch.no_grad(), pytest.raises(error, match="mask"):
+        fast(x, masks={"layer1.0": mask})
