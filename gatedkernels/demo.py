@@ -134,7 +134,7 @@ def markdown(report: dict[str, Any]) -> str:
             headline(report),
             "",
             f"The recipe is `{report['method']}`: the method as published, with a narrower network and a schedule of "
-            "its own, 660 steps instead of 97,000. The gates start open and rest for the first third; the sparsity "
+            "its own, 880 steps instead of 97,000. The gates start open and rest for the first quarter; the sparsity "
             "loss weighs 100 instead of 5, because a soft penalty in so few steps would leave more FLOPs than the "
             "budget. The untrained network is the same one before training.",
             "",

@@ -23,7 +23,7 @@ struct OutRows {
   };
 
   // One tap of the window for the pixels [From, To) of the rows that are inside the image.
-  template <int R, int P, int T, int From, int To, bool Upper, bool Lower>
+  template <bool Fetch, int R, int P, int T, int From, int To, bool Upper, bool Lower>
   static GK_INLINE void tap(Sums<R, P, T>& sum, const OutConv& conv, const float* x, int64_t step, int64_t line,
                             const float* const* weight, const float* const* ahead, int64_t offset) {
     const float* ws[T];
@@ -31,7 +31,7 @@ struct OutRows {
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       ws[t] = weight[t] + offset;
-      next[t] = ahead[t] + offset;
+      if constexpr (Fetch) next[t] = ahead[t] + offset;
     }
     auto accumulate = [&](auto read) __attribute__((always_inline)) {
       Vector<L> w[T];
@@ -53,8 +53,10 @@ struct OutRows {
     };
     int c = 0;
     for (; c + L <= conv.C; c += L) {
+      if constexpr (Fetch) {
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) __builtin_prefetch(next[t] + c, 0, 2);
+        for (int t = 0; t < T; ++t) __builtin_prefetch(next[t] + c, 0, 2);
+      }
       accumulate([c](const float* from) __attribute__((always_inline)) { return load<L>(from + c); });
     }
     if (c < conv.C) {
@@ -65,22 +67,23 @@ struct OutRows {
     }
   }
 
-  template <int R, int P, int T, bool Upper, bool Lower>
+  template <bool Fetch, int R, int P, int T, bool Upper, bool Lower>
   static GK_INLINE void taps(Sums<R, P, T>& sum, const OutConv& conv, const float* x, int64_t step, int64_t line,
                              const float* const* weight, const float* const* ahead, int64_t offset, bool left, bool right) {
     const int S = conv.size.S;
     for (int s = 0; s < S; ++s, x += conv.C, offset += conv.C) {
       if (left && s == 0) {
-        tap<R, P, T, 1, P, Upper, Lower>(sum, conv, x, step, line, weight, ahead, offset);
+        tap<Fetch, R, P, T, 1, P, Upper, Lower>(sum, conv, x, step, line, weight, ahead, offset);
       } else if (right && s == S - 1) {
-        tap<R, P, T, 0, P - 1, Upper, Lower>(sum, conv, x, step, line, weight, ahead, offset);
+        tap<Fetch, R, P, T, 0, P - 1, Upper, Lower>(sum, conv, x, step, line, weight, ahead, offset);
       } else {
-        tap<R, P, T, 0, P, Upper, Lower>(sum, conv, x, step, line, weight, ahead, offset);
+        tap<Fetch, R, P, T, 0, P, Upper, Lower>(sum, conv, x, step, line, weight, ahead, offset);
       }
     }
   }
 
-  template <int R, int P, int T>
+  // Fetch: the weights of the listed channels `ahead` are brought nearer meanwhile.
+  template <bool Fetch, int R, int P, int T>
   static void tile(const OutConv& conv, const float* x, const int32_t* channels, const int32_t* next, int row, int pixel,
                    float* planes) {
     const Geometry& g = conv.size;
@@ -92,7 +95,7 @@ struct OutRows {
     const float* ahead[T];
     for (int t = 0; t < T; ++t) {
       weight[t] = conv.weight + channels[t] * filter;
-      ahead[t] = conv.weight + next[t] * filter;
+      if constexpr (Fetch) ahead[t] = conv.weight + next[t] * filter;
     }
     Sums<R, P, T> sum = {};
     for (int r = 0; r < S; ++r) {
@@ -101,13 +104,13 @@ struct OutRows {
       const int64_t offset = int64_t{r} * S * conv.C;
       const bool upper = inside(g, first), lower = R == 2 && inside(g, first + g.stride);
       if constexpr (R == 1) {
-        if (upper) taps<R, P, T, true, false>(sum, conv, in, step, line, weight, ahead, offset, left, right);
+        if (upper) taps<Fetch, R, P, T, true, false>(sum, conv, in, step, line, weight, ahead, offset, left, right);
       } else if (upper && lower) {
-        taps<R, P, T, true, true>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
+        taps<Fetch, R, P, T, true, true>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
       } else if (upper) {
-        taps<R, P, T, true, false>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
+        taps<Fetch, R, P, T, true, false>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
       } else if (lower) {
-        taps<R, P, T, false, true>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
+        taps<Fetch, R, P, T, false, true>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
       }
     }
 #pragma GCC unroll 4
@@ -135,12 +138,12 @@ struct OutRows {
   }
 
   using Tile = void (*)(const OutConv&, const float*, const int32_t*, const int32_t*, int, int, float*);
-  using ByChannels = std::array<Tile, 4>;
+  using ByChannels = std::array<std::array<Tile, 2>, 4>;
 
   template <int R, int P>
   static constexpr ByChannels by_channels() {
     return []<int... T>(std::integer_sequence<int, T...>) {
-      return ByChannels{tile<R, P, T + 1>...};
+      return ByChannels{std::array<Tile, 2>{tile<false, R, P, T + 1>, tile<true, R, P, T + 1>}...};
     }(std::make_integer_sequence<int, channels_for(R * P)>{});
   }
 
@@ -181,13 +184,12 @@ struct OutRows {
         const int width = cut.size + (i < cut.larger ? 1 : 0);
         for (int j = 0; j < count; j += most) {
           const int many = count - j < most ? count - j : most;
-          const Tile tile = kTiles[width - 1][many - 1];
           // The first tile that uses these weights fetches the next ones, which may lie anywhere.
           const int far = j + most < count ? j + most : j + conv.ahead;
-          const bool fetch = from == row && i == 0 && far + many <= listed;
-          const int32_t* next = channels + (fetch ? far : j);
-          for (int y = from; y + R <= to; y += R, next = channels + j) {
-            tile(conv, x, channels + j, next, y, pixel, planes + j * conv.plane);
+          bool fetch = from == row && i == 0 && far > j && far + many <= listed;
+          for (int y = from; y + R <= to; y += R, fetch = false) {
+            kTiles[width - 1][many - 1][fetch](conv, x, channels + j, channels + far, y, pixel,
+                                               planes + j * conv.plane);
           }
         }
         pixel += width;
