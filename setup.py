@@ -33,7 +33,6 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 BESIDE = {"gatedkernels.models": "models", "gatedkernels.training": "training"}
 # The oldest CPython and PyTorch that the libraries serve, through the stable interfaces of both.
 STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-SANITIZE = os.environ.get("GATEDKERNELS_SANITIZE", "")
 
 
 def packages() -> list[str]:
@@ -88,9 +87,6 @@ def extensions() -> list:
     includes = [str(ROOT / "csrc" / "include"), generated_headers()]
     cxx = ["-O2", "-std=c++20", "-Wall", "-fvisibility=hidden", *STABLE]
     link = ["-Wl,-s"]
-    if SANITIZE:
-        cxx += [f"-fsanitize={SANITIZE}", "-g", "-fno-omit-frame-pointer"]
-        link = [f"-fsanitize={SANITIZE}"]
     cpu = CppExtension(
         "gatedkernels._cpu",
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp")),

@@ -15,7 +15,7 @@ from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm
 from gatedkernels.nn.gate import ChannelGate, Gate
 from gatedkernels.nn.gated_conv import GatedConv2d
-from gatedkernels.nn.masks import check_mask
+from gatedkernels.nn.masks import check_mask, spread
 from gatedkernels.ops import gated_block, gated_conv2d
 from gatedkernels.ops.packed import pack_blocks, pack_rows, unpack_blocks, unpack_rows
 
@@ -173,7 +173,7 @@ class PackedGatedConv2d(Packed):
         if self.activation is None:
             return y
         y = self.activation(y)
-        return y if out_mask is None else y.masked_fill(~_spread(out_mask, self.group)[:, :, None, None], 0)
+        return y if out_mask is None else y.masked_fill(~spread(out_mask, self.group), 0)
 
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
         """Cost of the convolution; see `gatedkernels.nn.flops`."""
@@ -253,17 +253,17 @@ class PackedBasicBlock(PackedResidual):
         if mask is None:
             mask = self._decide("gate", x)
         if mask is None:
-            spread = torch.ones((x.shape[0], shape.out_channels), dtype=torch.bool, device=x.device)
+            opened = torch.ones((x.shape[0], shape.out_channels), dtype=torch.bool, device=x.device)
         else:
-            spread = _spread(mask, self.group)
+            opened = _spread(mask, self.group)
         residual = x if self.downsample is None else self.downsample(x)
         if _is_native(x) and shape.stride in ((1, 1), (2, 2)):
             weights = map(self._buffers.__getitem__, _WEIGHTS)  # the attributes, without the search for them
-            y = _ops.packed_block(x, *weights, spread, residual, shape.stride[0])
+            y = _ops.packed_block(x, *weights, opened, residual, shape.stride[0])
         else:
             weight2 = unpack_blocks(self.weight2, len(self.bias2))
             y = gated_block(
-                x, unpack_rows(self.weight1), self.bias1, weight2, self.bias2, spread,
+                x, unpack_rows(self.weight1), self.bias1, weight2, self.bias2, opened,
                 residual=residual, stride=shape.stride,
             )  # fmt: skip
         return (y, _as_gate(mask)) if return_gate else y
