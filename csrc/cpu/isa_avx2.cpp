@@ -8,13 +8,11 @@
 
 #pragma GCC target("avx2,fma")
 
-#include "cpu/gate_rows.h"
-#include "cpu/in_rows.h"
-#include "cpu/out_rows.h"
+#include "cpu/kernel_table.h"
 
 namespace gatedkernels {
 
-const Kernels kAvx2Kernels = {"avx2", OutRows<8>::run, InRows<8>::run, GateRows<8>::add_pixels, GateRows<8>::linear};
+const Kernels kAvx2Kernels = kernels_of<8>("avx2");
 
 }  // namespace gatedkernels
 

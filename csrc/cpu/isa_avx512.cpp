@@ -8,13 +8,11 @@
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 
-#include "cpu/gate_rows.h"
-#include "cpu/in_rows.h"
-#include "cpu/out_rows.h"
+#include "cpu/kernel_table.h"
 
 namespace gatedkernels {
 
-const Kernels kAvx512Kernels = {"avx512", OutRows<16>::run, InRows<16>::run, GateRows<16>::add_pixels, GateRows<16>::linear};
+const Kernels kAvx512Kernels = kernels_of<16>("avx512");
 
 }  // namespace gatedkernels
 

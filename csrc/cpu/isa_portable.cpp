@@ -1,11 +1,9 @@
 // The kernels for any processor.
 
-#include "cpu/gate_rows.h"
-#include "cpu/in_rows.h"
-#include "cpu/out_rows.h"
+#include "cpu/kernel_table.h"
 
 namespace gatedkernels {
 
-const Kernels kPortableKernels = {"portable", OutRows<4>::run, InRows<4>::run, GateRows<4>::add_pixels, GateRows<4>::linear};
+const Kernels kPortableKernels = kernels_of<4>("portable");
 
 }  // namespace gatedkernels

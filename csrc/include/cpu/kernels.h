@@ -36,6 +36,36 @@ struct InConv {
   int ahead = 0;  // how many blocks further on this thread will probably go on; 0: nobody knows
 };
 
+// The tiles of 2 x 2 output pixels of a 3 x 3 convolution of stride 1, row by row; see tiles.h.
+struct TileGrid {
+  Geometry size;
+  int rows, columns;
+
+  explicit TileGrid(const Geometry& g) : size(g), rows((g.OH + 1) / 2), columns((g.OW + 1) / 2) {}
+  int tiles() const { return rows * columns; }
+};
+
+// Tiles [first, last).
+struct Strip {
+  int first, last;
+  int tiles() const { return last - first; }
+};
+
+// Where the 16 components of some channels and a strip of tiles lie.
+struct Components {
+  float* data;
+  int64_t pitch;  // floats from channel to channel
+  int64_t step;   // floats from component to component
+
+  static int64_t pitch_of(int64_t tiles) { return (tiles + 15) / 16 * 16; }
+  static int64_t step_of(int64_t channels, int64_t tiles) { return channels * pitch_of(tiles) + 16; }  // not a power of two
+  static int64_t floats(int64_t channels, int64_t tiles) { return 16 * step_of(channels, tiles); }
+
+  Components(float* data_, int64_t channels, int64_t tiles)
+      : data(data_), pitch(pitch_of(tiles)), step(step_of(channels, tiles)) {}
+  float* row(int component, int channel) const { return data + component * step + channel * pitch; }
+};
+
 struct Kernels {
   const char* name;
   // Output rows [row, end) of the first `count` listed channels of one sample, `listed` there are in all; planes points
@@ -45,6 +75,17 @@ struct Kernels {
   // Output rows [row, end) of the blocks [block, last) of output channels; null channels stand for 0, 1, …, count - 1.
   void (*in_rows)(const InConv&, const float* x, const int32_t* channels, int count, int block, int last, int row,
                   int end, const float* residual, float* y);
+  // Channels [from, to) of an NHWC image, or of planes, to components.
+  void (*image_tiles)(const TileGrid&, Strip, const float* x, int64_t C, int from, int to, const Components&,
+                      float* scratch);
+  void (*plane_tiles)(const TileGrid&, Strip, const float* planes, int64_t plane, int from, int to, const Components&,
+                      float* scratch);
+  // out_rows and in_rows for a strip of tiles, from components; weights transformed: (K, 16, C) with 16 more floats at
+  // the end of each row, and (K / kBlock, 16, C, kBlock).
+  void (*out_tiles)(const OutConv&, const TileGrid&, Strip, const Components&, const int32_t* channels, int count,
+                    float* planes, float* scratch);
+  void (*in_tiles)(const InConv&, const TileGrid&, Strip, const Components&, const int32_t* channels, int count,
+                   int block, int last, const float* residual, float* y, float* scratch);
   // sum[c] += x[p][c] over pixels of C adjacent channels, `step` floats apart.
   void (*add_pixels)(const float* x, int64_t pixels, int64_t step, int64_t C, float* sum);
   // y = weight (K, C) times x, plus bias.

@@ -45,7 +45,7 @@ __attribute__((noinline)) void store_first(float* to, Vector<L> v, int count) {
 
 template <int L>
 GK_INLINE Vector<L> broadcast(float value) {
-  return Vector<L>{} + value;
+  return value - Vector<L>{};  // folds into a broadcast, which 0 + value does not: -0 would change
 }
 
 // Holds a value in a register. Without it the compiler folds the load into every multiplication that uses the value,
@@ -55,7 +55,7 @@ GK_INLINE void pin(Vector<L>& v) {
 #if defined(__x86_64__)
   if constexpr (L == 16) {
     asm("" : "+v"(v));
-  } else {
+  } else if constexpr (L >= 4) {
     asm("" : "+x"(v));
   }
 #endif
@@ -64,6 +64,35 @@ GK_INLINE void pin(Vector<L>& v) {
 template <int L>
 GK_INLINE Vector<L> relu(Vector<L> v) {
   return v < 0.0f ? Vector<L>{} : v;  // a NaN stays one
+}
+
+// (a0, b0, a1, b1, …) is 2 L lanes long: its lower and its upper half; evens and odds undo it.
+template <int L>
+GK_INLINE Vector<L> lower_interleaved(Vector<L> a, Vector<L> b) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return __builtin_shufflevector(a, b, (I / 2 + I % 2 * L)...);
+  }(std::make_integer_sequence<int, L>{});
+}
+
+template <int L>
+GK_INLINE Vector<L> upper_interleaved(Vector<L> a, Vector<L> b) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return __builtin_shufflevector(a, b, ((I + L) / 2 + (I + L) % 2 * L)...);
+  }(std::make_integer_sequence<int, L>{});
+}
+
+template <int L>
+GK_INLINE Vector<L> evens(Vector<L> a, Vector<L> b) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return __builtin_shufflevector(a, b, (2 * I)...);
+  }(std::make_integer_sequence<int, L>{});
+}
+
+template <int L>
+GK_INLINE Vector<L> odds(Vector<L> a, Vector<L> b) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return __builtin_shufflevector(a, b, (2 * I + 1)...);
+  }(std::make_integer_sequence<int, L>{});
 }
 
 // The sums over the lanes of four vectors.

@@ -1,0 +1,129 @@
+// The in-gated kernel on Winograd's components: lanes run along the output channels and every component is broadcast, so
+// an active input channel is nothing but a pointer to its components and one to its row of transformed weights.
+// L lanes; a register tile is P tiles times two vectors of output channels.
+#pragma once
+
+#include "cpu/rows.h"
+#include "cpu/tiles.h"
+
+namespace gatedkernels {
+
+template <int L>
+struct InTiles {
+  static constexpr int kVectors = 2;
+  static constexpr int kMostTiles = kAccumulators<L> / kVectors;
+
+  // products[component][tile][lane]. Fetch: the weights of the next component are brought nearer meanwhile; listed rows
+  // are nothing that a processor foresees.
+  template <bool Fetch, int P>
+  static void multiply(const float* weight, int64_t weight_step, const float* v, int64_t pitch, int64_t step,
+                       const int32_t* channels, int count, float* products) {
+    for (int component = 0; component < 16; ++component) {
+      Vector<L> sum[P][kVectors] = {};
+      const float* in = v + component * step;
+      const float* rows = weight + component * weight_step;
+      for (int j = 0; j < count; ++j, in += pitch) {
+        const float* row = rows + (channels ? channels[j] : j) * int64_t{kBlock};
+        if constexpr (Fetch) {
+          for (int i = 0; i < kVectors * L; i += 16) __builtin_prefetch(row + weight_step + i);
+        }
+        Vector<L> w[kVectors];
+#pragma GCC unroll 2
+        for (int i = 0; i < kVectors; ++i) {
+          w[i] = load<L>(row + i * L);
+          pin<L>(w[i]);
+        }
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) {
+          Vector<L> value = broadcast<L>(in[p]);
+          pin<L>(value);
+#pragma GCC unroll 2
+          for (int i = 0; i < kVectors; ++i) sum[p][i] += value * w[i];
+        }
+      }
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
+        for (int i = 0; i < kVectors; ++i) store<L>(products + (component * P + p) * kVectors * L + i * L, sum[p][i]);
+      }
+    }
+  }
+
+  using Multiply = void (*)(const float*, int64_t, const float*, int64_t, int64_t, const int32_t*, int, float*);
+
+  // One tile of `valid` output channels from here on: its products become up to four pixels.
+  static GK_INLINE void finish(const InConv& conv, const float* products, int64_t step, int rows, int columns,
+                               int valid, const float* bias, const float* residual, float* y) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kVectors; ++i) {
+      const int rest = valid - i * L;
+      if (rest <= 0) return;
+      Vector<L> m[16], out[4];
+#pragma GCC unroll 16
+      for (int c = 0; c < 16; ++c) m[c] = load<L>(products + c * step + i * L);
+      Tiles<L>::template pixels<L>(m, out);
+      Vector<L> shift = {};
+      if (bias) shift = rest >= L ? load<L>(bias + i * L) : load_first<L>(bias + i * L, rest);
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < columns; ++c) {
+          const int64_t at = (int64_t{r} * conv.size.OW + c) * conv.K + i * L;
+          Vector<L> value = out[2 * r + c] + shift;
+          if (residual) value += rest >= L ? load<L>(residual + at) : load_first<L>(residual + at, rest);
+          if (conv.relu) value = relu<L>(value);
+          if (rest >= L) {
+            store<L>(y + at, value);
+          } else {
+            store_first<L>(y + at, value, rest);
+          }
+        }
+      }
+    }
+  }
+
+  // Brings nearer what the pixels of some tiles are added to and written to, behind the arithmetic.
+  static void fetch(const InConv& conv, const TileGrid& grid, int tile, int count, int lane, const float* residual,
+                    const float* y) {
+    const Geometry& g = grid.size;
+    for (int row = tile / grid.columns, column = tile % grid.columns; count > 0; --count) {
+      for (int r = 2 * row; r < 2 * row + 2 && r < g.OH; ++r) {
+        for (int c = 2 * column; c < 2 * column + 2 && c < g.OW; ++c) {
+          const int64_t pixel = (int64_t{r} * g.OW + c) * conv.K + lane;
+          for (int cache_line = 0; cache_line < kVectors * L; cache_line += 16) {
+            __builtin_prefetch(y + pixel + cache_line, 1);
+            if (residual) __builtin_prefetch(residual + pixel + cache_line);
+          }
+        }
+      }
+      if (++column == grid.columns) column = 0, ++row;
+    }
+  }
+
+  static void run(const InConv& conv, const TileGrid& grid, Strip strip, const Components& v, const int32_t* channels,
+                  int count, int block, int last, const float* residual, float* y, float* scratch) {
+    static constexpr auto kMultiply = []<int... P>(std::integer_sequence<int, P...>) {
+      return std::array<std::array<Multiply, 2>, kMostTiles>{
+          std::array<Multiply, 2>{multiply<false, P + 1>, multiply<true, P + 1>}...};
+    }(std::make_integer_sequence<int, kMostTiles>{});
+    const Geometry& g = grid.size;
+    const int tiles = strip.tiles(), groups = (tiles + kMostTiles - 1) / kMostTiles;
+    const int64_t weight_step = int64_t{conv.C} * kBlock;
+    const int end = last * kBlock < conv.K ? last * kBlock : conv.K;
+    for (int lane = block * kBlock; lane < end; lane += kVectors * L) {
+      const float* weight = conv.weight + int64_t{lane / kBlock} * 16 * weight_step + lane % kBlock;
+      for (int group = 0, at = 0; group < groups; ++group) {
+        const int many = (tiles - at + groups - group - 1) / (groups - group);
+        fetch(conv, grid, strip.first + at, many, lane, residual, y);
+        kMultiply[many - 1][group == 0](weight, weight_step, v.data + at, v.pitch, v.step, channels, count, scratch);
+        for (int p = 0; p < many; ++p, ++at) {
+          const int row = 2 * ((strip.first + at) / grid.columns), column = 2 * ((strip.first + at) % grid.columns);
+          const int64_t pixel = (int64_t{row} * g.OW + column) * conv.K + lane;
+          finish(conv, scratch + p * kVectors * L, int64_t{many} * kVectors * L, row + 1 < g.OH ? 2 : 1,
+                 column + 1 < g.OW ? 2 : 1, conv.K - lane, conv.bias ? conv.bias + lane : nullptr,
+                 residual ? residual + pixel : nullptr, y + pixel);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace gatedkernels

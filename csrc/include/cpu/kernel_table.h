@@ -1,0 +1,25 @@
+// All kernels for L lanes.
+#pragma once
+
+#include "cpu/gate_rows.h"
+#include "cpu/in_rows.h"
+#include "cpu/in_tiles.h"
+#include "cpu/out_rows.h"
+#include "cpu/out_tiles.h"
+
+namespace gatedkernels {
+
+template <int L>
+constexpr Kernels kernels_of(const char* name) {
+  return {name,
+          OutRows<L>::run,
+          InRows<L>::run,
+          Tiles<L>::from_image,
+          Tiles<L>::from_planes,
+          OutTiles<L>::run,
+          InTiles<L>::run,
+          GateRows<L>::add_pixels,
+          GateRows<L>::linear};
+}
+
+}  // namespace gatedkernels

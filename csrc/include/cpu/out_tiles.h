@@ -1,0 +1,151 @@
+// The out-gated kernel on Winograd's components: lanes run along the tiles and every weight is broadcast, so an active
+// output channel is nothing but a pointer to its row of transformed weights.
+// L lanes; a register tile is P vectors of tiles times T output channels.
+#pragma once
+
+#include "cpu/rows.h"
+#include "cpu/tiles.h"
+
+namespace gatedkernels {
+
+template <int L>
+struct OutTiles {
+  static constexpr int kMostVectors = L == 16 ? 4 : 3;
+  static constexpr int kMostChannels = 9;  // as many pointers as there are registers for
+
+  static constexpr int channels_for(int vectors) {
+    const int fit = kAccumulators<L> / vectors;
+    return fit < kMostChannels ? fit : kMostChannels;
+  }
+
+  static int64_t weight_row(int64_t C) { return 16 * C + 16; }
+
+  // products[t][component][lanes]
+  template <int M, int P, int T>
+  static void multiply(const float* const* weight, const float* v, int64_t pitch, int64_t step, int64_t C,
+                       float* products, int64_t product_step) {
+    const float* w[T];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) w[t] = weight[t];
+    for (int component = 0; component < 16; ++component, v += step) {
+      Vector<M> sum[P][T] = {};
+      const float* in = v;
+      for (int64_t c = 0; c < C; ++c, in += pitch) {
+        Vector<M> values[P];
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          values[p] = load<M>(in + p * M);
+          if constexpr (T > 1) pin<M>(values[p]);
+        }
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) {
+          Vector<M> u = broadcast<M>(w[t][c]);
+          if constexpr (P > 1) pin<M>(u);
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) sum[p][t] += values[p] * u;
+        }
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          store<M>(products + (t * 16 + component) * product_step + p * M, sum[p][t]);
+        }
+        w[t] += C;
+      }
+    }
+  }
+
+  using Multiply = void (*)(const float* const*, const float*, int64_t, int64_t, int64_t, float*, int64_t);
+
+  template <int M, int P>
+  static constexpr auto by_channels() {
+    return []<int... T>(std::integer_sequence<int, T...>) {
+      return std::array<Multiply, kMostChannels>{multiply<M, P, T + 1>...};
+    }(std::make_integer_sequence<int, channels_for(P)>{});
+  }
+
+  // From the products of one output channel to its pixels. `even` and `odd` columns of two rows wait in `lines`.
+  static void finish(const OutConv& conv, const TileGrid& grid, Strip strip, const float* products, int64_t step,
+                     float bias, float* plane, float* lines) {
+    const int tiles = strip.tiles();
+    const int64_t line = step;
+    for (int at = 0; at < tiles; at += L) {
+      Vector<L> m[16], y[4];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) m[i] = load<L>(products + i * step + at);
+      Tiles<L>::template pixels<L>(m, y);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        y[i] += bias;
+        if (conv.relu) y[i] = relu<L>(y[i]);
+        store<L>(lines + i * line + at, y[i]);
+      }
+    }
+    const Geometry& g = grid.size;
+    for_each_row(grid, strip, [&](int row, int column, int count, int at) {
+      for (int r = 0; r < 2 && 2 * row + r < g.OH; ++r) {
+        const float *even = lines + 2 * r * line + at, *odd = even + line;
+        float* to = plane + int64_t{2 * row + r} * g.OW + 2 * column;
+        int whole = count;
+        if (2 * (column + count) > g.OW) {
+          --whole;
+          to[2 * whole] = even[whole];
+        }
+        cover<L>(whole, [&](int i, auto lanes) __attribute__((always_inline)) {
+          constexpr int M = decltype(lanes)::value;
+          const Vector<M> a = load<M>(even + i), b = load<M>(odd + i);
+          store<M>(to + 2 * i, lower_interleaved<M>(a, b));
+          store<M>(to + 2 * i + M, upper_interleaved<M>(a, b));
+        });
+      }
+    });
+  }
+
+  static constexpr int64_t scratch_floats(int tiles) { return (kMostChannels * 16 + 4) * Components::pitch_of(tiles); }
+
+  static void run(const OutConv& conv, const TileGrid& grid, Strip strip, const Components& v,
+                  const int32_t* channels, int count, float* planes, float* scratch) {
+    static constexpr std::array<std::array<Multiply, kMostChannels>, 4> kWide = [] {
+      std::array<std::array<Multiply, kMostChannels>, 4> table{};
+      table[0] = by_channels<L, 1>();
+      table[1] = by_channels<L, 2>();
+      table[2] = by_channels<L, 3>();
+      if constexpr (kMostVectors == 4) table[3] = by_channels<L, 4>();
+      return table;
+    }();
+    static constexpr auto kHalf = by_channels<(L > 8 ? 8 : 4), 1>();
+    static constexpr auto kQuad = by_channels<4, 1>();
+
+    // The strip's last tiles, if they are few, go into shorter vectors.
+    const int tiles = strip.tiles(), over = tiles % L;
+    const int narrow = over == 0 ? 0 : over <= 4 && L > 4 ? 4 : over <= 8 && L > 8 ? 8 : 0;
+    const int vectors = tiles / L + (over && !narrow);
+    const int groups = (vectors + kMostVectors - 1) / kMostVectors;
+    const int widest = groups ? (vectors + groups - 1) / groups : 1;
+    const int most = channels_for(widest), parts = (count + most - 1) / most;
+    float* const lines = scratch + kMostChannels * 16 * v.pitch;
+    for (int part = 0, j = 0; part < parts; ++part) {
+      const int many = (count - j + parts - part - 1) / (parts - part);
+      const float* weight[kMostChannels];
+      for (int t = 0; t < many; ++t) weight[t] = conv.weight + channels[j + t] * weight_row(conv.C);
+      int done = 0;
+      for (int group = 0; group < groups; ++group) {
+        const int wide = (vectors - done + groups - group - 1) / (groups - group);
+        kWide[wide - 1][many - 1](weight, v.data + done * L, v.pitch, v.step, conv.C, scratch + done * L, v.pitch);
+        done += wide;
+      }
+      if (narrow) {
+        (narrow == 8 ? kHalf : kQuad)[many - 1](weight, v.data + done * L, v.pitch, v.step, conv.C, scratch + done * L,
+                                                v.pitch);
+      }
+      for (int t = 0; t < many; ++t) {
+        finish(conv, grid, strip, scratch + t * 16 * v.pitch, v.pitch, conv.bias ? conv.bias[channels[j + t]] : 0.0f,
+               planes + (j + t) * conv.plane, lines);
+      }
+      j += many;
+    }
+  }
+};
+
+}  // namespace gatedkernels
