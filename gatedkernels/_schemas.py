@@ -28,8 +28,8 @@ SCHEMAS = (
     "gated_block_cpu(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
     " Tensor? residual, int stride) -> Tensor",
     "channel_gate(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
-    "packed_block(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor mask,"
-    " Tensor? residual, SymInt stride) -> Tensor",
+    "packed_block(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? tiles1, Tensor? tiles2,"
+    " Tensor mask, Tensor? residual, SymInt stride) -> Tensor",
     "packed_conv2d(Tensor x, Tensor weight, Tensor bias, Tensor? in_mask, Tensor? out_mask, Tensor? residual,"
     " SymInt out_channels, SymInt stride, bool relu) -> Tensor",
 )

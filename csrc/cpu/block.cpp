@@ -1,120 +1,250 @@
 // The gated basic block in one parallel region: conv1's active channels go into packed planes, conv2 reads them there.
+// Either convolution runs directly or on Winograd's components, sample by sample as their active channels make it pay.
 #include <algorithm>
 #include <memory>
 
 #include "queue.h"
-#include "tensors.h"
+#include "strips.h"
 
 namespace gatedkernels {
 namespace {
 
-constexpr int64_t kCacheBytes = 1 << 19;  // weights that stay in a core's second-level cache while samples pass by
+constexpr int64_t kCacheBytes = 1 << 19;  // weights, or components, that stay in a core's second-level cache
 
-}  // namespace
+// Of one convolution, in the layouts of kernels.h.
+struct Weights {
+  const float* direct;
+  const float* transformed;  // for tiles, or null
+  const float* bias;
+};
 
-Tensor run_block(const Tensor& given_x, const float* rows1, const float* bias1, const float* blocks2,
-                 const float* bias2, int64_t hidden_channels, int64_t out_channels, const Plan& plan,
-                 const MaybeTensor& given_residual, int64_t stride) {
+using Counters = std::unique_ptr<std::atomic<int32_t>[]>;
+
+Counters counters(const std::vector<int32_t>& values) {
+  Counters made = std::make_unique<std::atomic<int32_t>[]>(values.size());
+  for (size_t i = 0; i < values.size(); ++i) made[i].store(values[i], std::memory_order_relaxed);
+  return made;
+}
+
+void wait_for(const std::atomic<int32_t>& left) {
+  wait_until([&] { return left.load(std::memory_order_acquire) == 0; });
+}
+
+class Block {
+ public:
+  Block(const Tensor& x, const MaybeTensor& residual, Tensor& y, const Weights& weights1, const Weights& weights2,
+        int64_t hidden, int64_t stride, const Plan& plan)
+      : plan_(plan),
+        N_(x.size(0)),
+        hidden_(hidden),
+        grid1_(geometry(x, 3, stride)),
+        grid2_(geometry(y, 3, 1)),
+        strips1_(grid1_, N_, std::max<int64_t>(kCacheBytes / (64 * x.size(1)) / 16 * 16, 16)),
+        strips2_(grid2_, N_, 64),
+        x_(floats(x)),
+        residual_(floats(residual)),
+        y_(y.mutable_data_ptr<float>()),
+        offset_(N_ + 1, 0),
+        tiled1_(N_),
+        tiled2_(N_) {
+    const int64_t pixels = y.size(2) * y.size(3);
+    // Planes a power of two apart would fall into the same cache sets: keep them a cache line off.
+    const int64_t plane = ceil_div(pixels, 16) * 16 + 16;
+    conv1_ = {grid1_.size, static_cast<int>(x.size(1)), weights1.direct, weights1.bias, plane, true};
+    conv2_.size = grid2_.size, conv2_.C = static_cast<int>(hidden), conv2_.K = static_cast<int>(y.size(1));
+    conv2_.weight = weights2.direct, conv2_.bias = weights2.bias;
+    conv2_.channel_step = plane, conv2_.row_step = y.size(3), conv2_.pixel_step = 1;
+    conv2_.gathered = false, conv2_.relu = true;
+    if (N_ == 1) {
+      // Threads take turns in the queue: what comes after the own item is that of another thread.
+      conv1_.ahead = static_cast<int>(3 * threads());
+      conv2_.ahead = static_cast<int>(threads());
+    }
+    tiles1_ = conv1_, tiles1_.weight = weights1.transformed;
+    tiles2_ = conv2_, tiles2_.weight = weights2.transformed;
+    bool any1 = false, any2 = false;
+    for (int64_t n = 0; n < N_; ++n) {
+      offset_[n + 1] = offset_[n] + plan.count[n] * plane;
+      any1 |= tiled1_[n] = weights1.transformed && out_tiles_pay(grid1_, plan.count[n]);
+      any2 |= tiled2_[n] = weights2.transformed && in_tiles_pay(grid2_, plan.count[n]);
+    }
+    shared1_ = any1 ? strips1_.shared_floats(conv1_.C) : 0;
+    shared2_ = any2 ? strips2_.shared_floats(hidden) : 0;
+    memory_ = empty({std::max<int64_t>(offset_[N_] + N_ * (shared1_ + shared2_), 1)});
+    planes_ = memory_.mutable_data_ptr<float>();
+  }
+
+  void run() {
+    const Queue queue = schedule();
+    const Counters components1 = counters(queue.out_components), components2 = counters(queue.in_components),
+                   planes = counters(queue.planes);
+    in_order(static_cast<int64_t>(queue.items.size()), [&](int64_t at) {
+      const Item& item = queue.items[at];
+      const int64_t n = item.sample;
+      if (item.stage == Stage::out_tiles) wait_for(components1[n]);
+      if (item.stage >= Stage::in_rows) wait_for(planes[n]);
+      if (item.stage == Stage::in_tiles) wait_for(components2[n]);
+      run_item(item);
+      if (item.stage == Stage::out_components) components1[n].fetch_sub(1, std::memory_order_release);
+      if (item.stage == Stage::in_components) components2[n].fetch_sub(1, std::memory_order_release);
+      if (makes_planes(item.stage)) planes[n].fetch_sub(1, std::memory_order_release);
+    });
+  }
+
+ private:
+  Queue schedule() const {
+    const int64_t blocks = ceil_div(conv2_.K, kBlock), filter_bytes = 36 * int64_t{conv1_.C};
+    // Weights that exceed the cache are walked in slices, and a group of samples passes by each of them.
+    const bool sliced = hidden_ * filter_bytes > 2 * kCacheBytes;
+    const int64_t slice = sliced ? std::max<int64_t>(kCacheBytes / filter_bytes, 8) : hidden_;
+    const int64_t group = sliced ? 16 : threads();
+    const bool whole = hidden_ * filter_bytes > 4 * int64_t{conv1_.C} * conv1_.size.H * conv1_.size.W;
+    const double row1 = 18.0 * conv1_.C * conv1_.size.OW, row2 = 18.0 * kBlock * conv2_.size.OW;
+    double operations = 0;
+    for (int64_t n = 0; n < N_; ++n) {
+      operations += plan_.count[n] * conv2_.size.H * (row1 + row2 * static_cast<double>(blocks));
+    }
+    Queue queue(N_, conv2_.size.H, operations);
+    for (int64_t begin = 0; begin < N_; begin += group) {
+      const int64_t end = std::min(begin + group, N_);
+      add_tiled(queue, begin, end, tiled1_, strips1_, Stage::out_components, [&](int64_t) { return conv1_.C; },
+                [&](int64_t n) { return plan_.count[n]; }, 8);
+      for (int64_t c = 0; c < hidden_; c += slice) {
+        for (int64_t n = begin; n < end; ++n) {
+          if (tiled1_[n]) continue;
+          const int32_t *list = plan_.list(n), *last = list + plan_.count[n];
+          queue.add_rows(n, Stage::out_rows, std::lower_bound(list, last, c) - list,
+                         std::lower_bound(list, last, c + slice) - list, 3, row1, whole);
+        }
+      }
+      add_tiled(queue, begin, end, tiled2_, strips2_, Stage::in_components, [&](int64_t n) { return plan_.count[n]; },
+                [&](int64_t) { return blocks; }, 1);
+      for (int64_t block = 0; block < blocks; block += sliced ? 1 : blocks) {
+        for (int64_t n = begin; n < end; ++n) {
+          if (tiled2_[n]) continue;
+          queue.add_rows(n, Stage::in_rows, block, sliced ? block + 1 : blocks, 1,
+                         row2 * std::max(plan_.count[n], 1), whole);
+        }
+      }
+    }
+    return queue;
+  }
+
+  // The strips of the samples among [begin, end) that are computed on tiles; `inputs` and `outputs` count the channels
+  // that a sample's components have and the channels or blocks made of them, which are cut into no less than `least`.
+  template <class Inputs, class Outputs>
+  void add_tiled(Queue& queue, int64_t begin, int64_t end, const std::vector<uint8_t>& tiled, const Strips& strips,
+                 Stage components, const Inputs& inputs, const Outputs& outputs, int64_t least) const {
+    constexpr int64_t kLeastInputs = 16;
+    auto add = [&](int steps, const auto& count, int64_t parts, int64_t smallest) {
+      for (int64_t n = begin; n < end; ++n) {
+        for (int i = 0; i < strips.count && tiled[n]; ++i) {
+          queue.add_strip(n, static_cast<Stage>(static_cast<int>(components) + steps), count(n), parts, smallest,
+                          strips.at(i));
+        }
+      }
+    };
+    if (strips.together) {
+      add(2, outputs, 1, 1);
+    } else {
+      add(0, inputs, 2 * threads(), kLeastInputs);
+      add(1, outputs, 4 * threads(), least);
+    }
+  }
+
+  void run_item(const Item& item) {
+    const Kernels& run = kernels();
+    const int64_t n = item.sample, count = plan_.count[n], image = n * conv2_.size.H * conv2_.size.W * conv2_.K;
+    const int32_t* channels = plan_.list(n);
+    const float* in = x_ + n * conv1_.size.H * conv1_.size.W * conv1_.C;
+    const float* skip = residual_ ? residual_ + image : nullptr;
+    float* const planes = planes_ + offset_[n];
+    const Strip strip{item.begin, item.end};
+    switch (item.stage) {
+      case Stage::out_rows:
+        return run.out_rows(conv1_, in, channels + item.from, item.to - item.from, count - item.from, item.begin,
+                            item.end, planes + item.from * conv1_.plane);
+      case Stage::in_rows:
+        return run.in_rows(conv2_, planes, channels, count, item.from, item.to, item.begin, item.end, skip, y_ + image);
+      default:
+        break;
+    }
+    const bool second = item.stage >= Stage::in_rows;
+    const Strips& strips = second ? strips2_ : strips1_;
+    const TileGrid& grid = second ? grid2_ : grid1_;
+    const int64_t inputs = second ? count : conv1_.C;
+    float* scratch = thread_scratch(tile_scratch(grid, strips.widest()) +
+                                    (strips.together ? strips.component_floats(inputs) : 0));
+    float* data = planes_ + offset_[N_] + (second ? N_ * shared1_ + n * shared2_ : n * shared1_);
+    if (strips.together) {
+      data = scratch;
+      scratch += strips.component_floats(inputs);
+    } else {
+      data += strip.first / strips.size * strips.component_floats(inputs);
+    }
+    const Components components(data, inputs, strip.tiles());
+    if (item.stage == Stage::out_components || item.stage == Stage::out_strip) {
+      const bool all = item.stage == Stage::out_strip;
+      run.image_tiles(grid, strip, in, conv1_.C, all ? 0 : item.from, all ? conv1_.C : item.to, components, scratch);
+    }
+    if (item.stage == Stage::in_components || item.stage == Stage::in_strip) {
+      const bool all = item.stage == Stage::in_strip;
+      run.plane_tiles(grid, strip, planes, conv1_.plane, all ? 0 : item.from, all ? count : item.to, components,
+                      scratch);
+    }
+    if (item.stage == Stage::out_tiles || item.stage == Stage::out_strip) {
+      run.out_tiles(tiles1_, grid, strip, components, channels + item.from, item.to - item.from,
+                    planes + item.from * conv1_.plane, scratch);
+    }
+    if (item.stage == Stage::in_tiles || item.stage == Stage::in_strip) {
+      run.in_tiles(tiles2_, grid, strip, components, channels, count, item.from, item.to, skip, y_ + image, scratch);
+    }
+  }
+
+  const Plan& plan_;
+  int64_t N_, hidden_;
+  TileGrid grid1_, grid2_;
+  Strips strips1_, strips2_;
+  const float *x_, *residual_;
+  float* y_;
+  OutConv conv1_, tiles1_;  // the same convolution, with weights for rows and for tiles
+  InConv conv2_, tiles2_;
+  std::vector<int64_t> offset_;            // of every sample's planes
+  std::vector<uint8_t> tiled1_, tiled2_;   // whether a sample's convolution is computed on tiles
+  int64_t shared1_, shared2_;              // floats of components of one sample that threads share
+  Tensor memory_;
+  float* planes_;
+};
+
+Tensor run_block(const Tensor& given_x, const Weights& weights1, const Weights& weights2, int64_t hidden,
+                 int64_t out_channels, const Plan& plan, const MaybeTensor& given_residual, int64_t stride) {
   const Tensor x = channels_last(given_x);
   const MaybeTensor residual = given_residual ? MaybeTensor(channels_last(*given_residual)) : given_residual;
-  const Geometry size1 = geometry(x, 3, stride);
-  const int64_t N = x.size(0), C = x.size(1), pixels = int64_t{size1.OH} * size1.OW;
-  Geometry size2 = size1;
-  size2.H = size1.OH, size2.W = size1.OW, size2.stride = 1;
-  Tensor y = empty({N, out_channels, size1.OH, size1.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
-  if (y.numel() == 0) return y;
-
-  // Planes a power of two apart would fall into the same cache sets: keep them a cache line off.
-  const int64_t plane = ceil_div(pixels, 16) * 16 + 16;
-  std::vector<int64_t> offset(N + 1, 0);
-  for (int64_t n = 0; n < N; ++n) offset[n + 1] = offset[n] + plan.count[n] * plane;
-  Tensor scratch = empty({std::max<int64_t>(offset[N], 1)});
-  float* planes = scratch.mutable_data_ptr<float>();
-
-  OutConv conv1{size1, static_cast<int>(C), rows1, bias1, plane, true};
-  InConv conv2;
-  conv2.size = size2, conv2.C = static_cast<int>(hidden_channels), conv2.K = static_cast<int>(out_channels);
-  conv2.weight = blocks2, conv2.bias = bias2;
-  conv2.channel_step = plane, conv2.row_step = size2.W, conv2.pixel_step = 1;
-  conv2.gathered = false, conv2.relu = true;
-
-  // Weights that exceed the cache are walked in slices, and a group of samples passes by each of them.
-  const int64_t blocks = ceil_div(out_channels, kBlock);
-  const int64_t filter_bytes = 9 * C * static_cast<int64_t>(sizeof(float));
-  const bool sliced = hidden_channels * filter_bytes > 2 * kCacheBytes;
-  const int64_t slice = sliced ? std::max<int64_t>(kCacheBytes / filter_bytes, 8) : hidden_channels;
-  const int64_t group = sliced ? 16 : threads();
-  const double row_operations1 = 18.0 * static_cast<double>(C) * size1.OW;
-  const double block_row_operations = 18.0 * kBlock * size2.OW;
-  double operations = 0;
-  for (int64_t n = 0; n < N; ++n) {
-    operations += plan.count[n] * size1.OH * (row_operations1 + block_row_operations * static_cast<double>(blocks));
-  }
-  Queue queue(N, size1.OH, operations);
-  const bool whole = hidden_channels * filter_bytes > C * size1.H * size1.W * static_cast<int64_t>(sizeof(float));
-  auto add_first = [&](int64_t begin, int64_t end) {
-    for (int64_t c = 0; c < hidden_channels; c += slice) {
-      for (int64_t n = begin; n < end; ++n) {
-        const int32_t *list = plan.list(n), *last = list + plan.count[n];
-        const int64_t from = std::lower_bound(list, last, c) - list, to = std::lower_bound(list, last, c + slice) - list;
-        queue.add(n, false, from, to, 3, row_operations1, whole);
-      }
-    }
-  };
-  auto add_second = [&](int64_t begin, int64_t end) {
-    for (int64_t block = 0; block < blocks; block += sliced ? 1 : blocks) {
-      for (int64_t n = begin; n < end; ++n) {
-        queue.add(n, true, block, sliced ? block + 1 : blocks, 1, block_row_operations * std::max(plan.count[n], 1),
-                  whole);
-      }
-    }
-  };
-  if (N == 1) {
-    // Threads take turns in the queue: what comes after the own item is that of another thread.
-    conv1.ahead = static_cast<int>(3 * threads());
-    conv2.ahead = static_cast<int>(threads());
-  }
-  for (int64_t n = 0; n < N; n += group) {
-    add_first(n, std::min(n + group, N));
-    add_second(n, std::min(n + group, N));
-  }
-  auto left = std::make_unique<std::atomic<int32_t>[]>(N);
-  for (int64_t n = 0; n < N; ++n) left[n].store(queue.pending[n], std::memory_order_relaxed);
-
-  const float* in = floats(x);
-  const float* skip = floats(residual);
-  float* out = y.mutable_data_ptr<float>();
-  const Kernels& run = kernels();
-  in_order(static_cast<int64_t>(queue.items.size()), [&](int64_t at) {
-    const Item& item = queue.items[at];
-    const int64_t n = item.sample;
-    const int32_t* channels = plan.list(n);
-    if (!item.second) {
-      run.out_rows(conv1, in + n * size1.H * size1.W * C, channels + item.from, item.to - item.from,
-                   plan.count[n] - item.from, item.row, item.end, planes + offset[n] + item.from * plane);
-      left[n].fetch_sub(1, std::memory_order_release);
-      return;
-    }
-    wait_until([&] { return left[n].load(std::memory_order_acquire) == 0; });
-    const int64_t image = n * pixels * out_channels;
-    run.in_rows(conv2, planes + offset[n], channels, plan.count[n], item.from, item.to, item.row, item.end,
-                skip ? skip + image : nullptr, out + image);
-  });
+  const Geometry size = geometry(x, 3, stride);
+  Tensor y = empty({x.size(0), out_channels, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
+  if (y.numel()) Block(x, residual, y, weights1, weights2, hidden, stride, plan).run();
   return y;
 }
 
+}  // namespace
+
 Tensor packed_block(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
-                    const Tensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride) {
+                    const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2, const Tensor& mask,
+                    const MaybeTensor& residual, int64_t stride) {
   check_float(x, 4), check_float(weight1, 4), check_float(weight2, 5);
   STD_TORCH_CHECK(weight1.is_contiguous() && weight2.is_contiguous() && bias1.is_contiguous() && bias2.is_contiguous(),
                   "packed weights are contiguous");
-  const int64_t hidden = weight1.size(0), out = bias2.size(0);
-  STD_TORCH_CHECK(weight1.size(1) == 3 && weight1.size(3) == x.size(1), "weight1 is packed as (M, 3, 3, C)");
+  const int64_t hidden = weight1.size(0), out = bias2.size(0), C = x.size(1);
+  STD_TORCH_CHECK(weight1.size(1) == 3 && weight1.size(3) == C, "weight1 is packed as (M, 3, 3, C)");
   STD_TORCH_CHECK(weight2.size(0) == ceil_div(out, kBlock) && weight2.size(1) == hidden && weight2.size(2) == 3,
                   "weight2 is packed as (K / 32, M, 3, 3, 32)");
+  STD_TORCH_CHECK(!tiles1 || (tiles1->is_contiguous() && tiles1->numel() == hidden * (16 * C + 16)),
+                  "tiles1 is packed as (M, 16 C + 16)");
+  STD_TORCH_CHECK(!tiles2 || (tiles2->is_contiguous() && tiles2->numel() == ceil_div(out, kBlock) * 16 * hidden * kBlock),
+                  "tiles2 is packed as (K / 32, 16, M, 32)");
   STD_TORCH_CHECK(mask.size(0) == x.size(0) && mask.size(1) == hidden, "mask has shape (N, M)");
-  return run_block(x, floats(weight1), floats(bias1), floats(weight2), floats(bias2), hidden, out, Plan(mask),
-                   residual, stride);
+  return run_block(x, {floats(weight1), floats(tiles1), floats(bias1)}, {floats(weight2), floats(tiles2), floats(bias2)},
+                   hidden, out, Plan(mask), residual, stride);
 }
 
 Tensor gated_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2,
@@ -123,8 +253,8 @@ Tensor gated_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bi
   const Plan plan(mask);
   const Tensor rows1 = weight_rows(weight1, plan), blocks2 = weight_blocks(weight2, &plan);
   const MaybeTensor b1 = row_major(bias1), b2 = row_major(bias2);
-  return run_block(x, floats(rows1), floats(b1), floats(blocks2), floats(b2), weight1.size(0), weight2.size(0),
-                   plan, residual, stride);
+  return run_block(x, {floats(rows1), nullptr, floats(b1)}, {floats(blocks2), nullptr, floats(b2)}, weight1.size(0),
+                   weight2.size(0), plan, residual, stride);
 }
 
 }  // namespace gatedkernels

@@ -10,27 +10,46 @@
 
 namespace gatedkernels {
 
-// Output rows [row, end) of one sample: of conv1's active channels [from, to) in the plan, or of conv2's blocks.
+// What an item computes of one sample.
+enum class Stage : uint8_t {
+  out_rows,        // rows of conv1's active channels
+  out_components,  // the components of a strip of conv1's tiles
+  out_tiles,       // conv1's active channels of a strip, from components that are there
+  out_strip,       // both of these at once
+  in_rows,         // the same of conv2's blocks of output channels
+  in_components,
+  in_tiles,
+  in_strip,
+};
+
+inline bool makes_planes(Stage stage) {
+  return stage == Stage::out_rows || stage == Stage::out_tiles || stage == Stage::out_strip;
+}
+
+// Channels or blocks [from, to), and rows or tiles [begin, end).
 struct Item {
-  int32_t sample, from, to, row, end;
-  bool second;
+  int32_t sample, from, to, begin, end;
+  Stage stage;
 };
 
 class Queue {
  public:
   std::vector<Item> items;
-  std::vector<int32_t> pending;  // items of conv1, for every sample
+  // Of every sample: items that make its components, for either convolution, and those that make conv1's planes.
+  std::vector<int32_t> out_components, in_components, planes;
 
   // `operations` is what there is to do in all: items are a small share of it, so that all threads end together.
   Queue(int64_t N, int64_t height, double operations)
-      : pending(N, 0),
+      : out_components(N, 0),
+        in_components(N, 0),
+        planes(N, 0),
         height_(height),
         target_(std::clamp(operations / static_cast<double>(24 * threads()), kLeastOperations, kMostOperations)) {}
 
   // Cuts [from, to), each row of each channel or block worth `operations`, into items of a handy size. `unit` channels
   // are best computed together. Whole images are cut by channels first, so that nobody reads another's weights; other
   // images by rows, so that their pixels are read once.
-  void add(int64_t sample, bool second, int64_t from, int64_t to, int64_t unit, double operations, bool whole) {
+  void add_rows(int64_t sample, Stage stage, int64_t from, int64_t to, int64_t unit, double operations, bool whole) {
     if (from >= to) return;
     auto fitting = [&](double each) { return static_cast<int64_t>(target_ / each); };
     int64_t rows = height_, many = std::min(whole ? unit : 12, to - from);
@@ -47,15 +66,29 @@ class Queue {
     if (rows > 1 && rows < height_) rows -= rows % 2;  // narrow images are computed in pairs of rows
     for (int64_t j = from; j < to; j += many) {
       for (int64_t row = 0; row < height_; row += rows) {
-        items.push_back({static_cast<int32_t>(sample), static_cast<int32_t>(j),
-                         static_cast<int32_t>(std::min(j + many, to)), static_cast<int32_t>(row),
-                         static_cast<int32_t>(std::min(row + rows, height_)), second});
-        pending[sample] += !second;
+        push(sample, stage, j, std::min(j + many, to), row, std::min(row + rows, height_));
       }
     }
   }
 
+  // Cuts [0, count) of a strip into `parts`, none smaller than `least`.
+  void add_strip(int64_t sample, Stage stage, int64_t count, int64_t parts, int64_t least, Strip strip) {
+    if (count == 0) return;
+    parts = std::clamp<int64_t>(count / least, 1, parts);
+    for (int64_t part = 0; part < parts; ++part) {
+      push(sample, stage, count * part / parts, count * (part + 1) / parts, strip.first, strip.last);
+    }
+  }
+
  private:
+  void push(int64_t sample, Stage stage, int64_t from, int64_t to, int64_t begin, int64_t end) {
+    items.push_back({static_cast<int32_t>(sample), static_cast<int32_t>(from), static_cast<int32_t>(to),
+                     static_cast<int32_t>(begin), static_cast<int32_t>(end), stage});
+    out_components[sample] += stage == Stage::out_components;
+    in_components[sample] += stage == Stage::in_components;
+    planes[sample] += makes_planes(stage);
+  }
+
   static constexpr double kLeastOperations = 2e5, kMostOperations = 8e6;  // about 2 and 80 microseconds of a core
   int64_t height_;
   double target_;

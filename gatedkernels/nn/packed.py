@@ -17,10 +17,18 @@ from gatedkernels.nn.gate import ChannelGate, Gate
 from gatedkernels.nn.gated_conv import GatedConv2d
 from gatedkernels.nn.masks import check_mask, spread
 from gatedkernels.ops import gated_block, gated_conv2d
-from gatedkernels.ops.packed import pack_blocks, pack_rows, unpack_blocks, unpack_rows
+from gatedkernels.ops.packed import (
+    pack_blocks,
+    pack_rows,
+    pack_tile_blocks,
+    pack_tile_rows,
+    unpack_blocks,
+    unpack_rows,
+)
 
 _ops = torch.ops.gatedkernels
 _WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
+_BLOCK_WEIGHTS = (*_WEIGHTS, "tiles1", "tiles2")
 
 
 class Packed(nn.Module):
@@ -239,7 +247,14 @@ class PackedBasicBlock(PackedResidual):
         norm1, norm2 = block.norms(branch)
         weight1, bias1 = fold_norm(block.conv1.weight, None, norm1)
         weight2, bias2 = fold_norm(block.conv2.weight, None, norm2)
-        self._keep(weight1=pack_rows(weight1), bias1=bias1, weight2=pack_blocks(weight2), bias2=bias2)
+        self._keep(
+            weight1=pack_rows(weight1),
+            bias1=bias1,
+            weight2=pack_blocks(weight2),
+            bias2=bias2,
+            tiles1=pack_tile_rows(weight1) if self.shapes[0].stride == (1, 1) else None,
+            tiles2=pack_tile_blocks(weight2),
+        )
         self.eval()
 
     def forward(
@@ -258,7 +273,7 @@ class PackedBasicBlock(PackedResidual):
             opened = _spread(mask, self.group)
         residual = x if self.downsample is None else self.downsample(x)
         if _is_native(x) and shape.stride in ((1, 1), (2, 2)):
-            weights = map(self._buffers.__getitem__, _WEIGHTS)  # the attributes, without the search for them
+            weights = map(self._buffers.__getitem__, _BLOCK_WEIGHTS)  # the attributes, without the search for them
             y = _ops.packed_block(x, *weights, opened, residual, shape.stride[0])
         else:
             weight2 = unpack_blocks(self.weight2, len(self.bias2))

@@ -3,6 +3,10 @@
 Two layouts of filters (K, C, S, S): rows, (K, S, S, C), which is the channels-last layout of the same filters, and
 blocks, (ceil(K / 32), C, S, S, 32), zeros where K ends. The CPU library computes from them in float32; elsewhere the
 definitions below serve, from the same tensors.
+
+3 x 3 filters may come a second time, transformed for Winograd's minimal filtering F(2 x 2, 3 x 3) (Lavin and Gray,
+2016, section 4.1), as rows (K, 16 C + 16) and as blocks (ceil(K / 32), 16, C, 32): the library then computes from
+these wherever it is faster.
 """
 
 from collections.abc import Callable
@@ -39,6 +43,28 @@ def unpack_blocks(blocks: Tensor, out_channels: int) -> Tensor:
     return blocks.permute(0, 4, 1, 2, 3).flatten(0, 1)[:out_channels]
 
 
+# Filters to components; pixels to components and components to pixels are in csrc/include/cpu/tiles.h.
+_TO_TILES = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+_ROW_PADDING = 16  # floats at the end of each row, which keep rows out of each other's cache sets
+
+
+def _tiles(weight: Tensor) -> Tensor:
+    """The 16 components of filters (K, C, 3, 3): (K, C, 16), computed in float64."""
+    to_tiles = torch.tensor(_TO_TILES, dtype=torch.float64, device=weight.device)
+    return (to_tiles @ weight.double() @ to_tiles.T).flatten(2).to(weight.dtype)
+
+
+def pack_tile_rows(weight: Tensor) -> Tensor:
+    """Filters (K, C, 3, 3) as rows of components."""
+    return pad(_tiles(weight).transpose(1, 2).flatten(1), (0, _ROW_PADDING))
+
+
+def pack_tile_blocks(weight: Tensor) -> Tensor:
+    """Filters (K, C, 3, 3) as blocks of components."""
+    padded = pad(_tiles(weight), (0, 0, 0, 0, 0, -len(weight) % BLOCK))
+    return padded.unflatten(0, (-1, BLOCK)).permute(0, 3, 2, 1).contiguous()
+
+
 def _channel_gate(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     return linear(linear(x.mean((2, 3)), weight1, bias1).relu(), weight2, bias2) >= 0
 
@@ -49,6 +75,8 @@ def _packed_block(
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
+    tiles1: Tensor | None,
+    tiles2: Tensor | None,
     mask: Tensor,
     residual: Tensor | None,
     stride: int,
@@ -106,7 +134,7 @@ def _(x, weight1, bias1, weight2, bias2):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("gatedkernels::packed_block")
-def _(x, weight1, bias1, weight2, bias2, mask, residual, stride):  # type: ignore[no-untyped-def]
+def _(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride):  # type: ignore[no-untyped-def]
     return _images(x, bias2.shape[0], stride)
 
 

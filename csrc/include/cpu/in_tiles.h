@@ -12,6 +12,7 @@ template <int L>
 struct InTiles {
   static constexpr int kVectors = 2;
   static constexpr int kMostTiles = kAccumulators<L> / kVectors;
+  static_assert(kMostTiles <= 12 && kVectors * L <= 32, "tile_scratch counts on it");
 
   // products[component][tile][lane]. Fetch: the weights of the next component are brought nearer meanwhile; listed rows
   // are nothing that a processor foresees.

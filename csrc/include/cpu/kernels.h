@@ -66,6 +66,15 @@ struct Components {
   float* row(int component, int channel) const { return data + component * step + channel * pitch; }
 };
 
+// Floats of scratch memory that the kernels on tiles need for a strip of so many tiles.
+inline int64_t tile_scratch(const TileGrid& grid, int64_t tiles) {
+  const int64_t rows = (tiles + grid.columns - 2) / grid.columns + 2;  // of split pixels: a strip may begin inside a row
+  const int64_t table = (rows * (grid.columns + 1) + 15) / 16 * 16;
+  const int64_t splitting = 16 * (4 * table + 16) + 4 * table, multiplying = 148 * Components::pitch_of(tiles);
+  constexpr int64_t kGathering = 16 * 12 * 32;
+  return splitting + multiplying + kGathering;
+}
+
 struct Kernels {
   const char* name;
   // Output rows [row, end) of the first `count` listed channels of one sample, `listed` there are in all; planes points

@@ -102,7 +102,7 @@ struct OutTiles {
     });
   }
 
-  static constexpr int64_t scratch_floats(int tiles) { return (kMostChannels * 16 + 4) * Components::pitch_of(tiles); }
+  static_assert(kMostChannels * 16 + 4 <= 148, "tile_scratch counts on it");
 
   static void run(const OutConv& conv, const TileGrid& grid, Strip strip, const Components& v,
                   const int32_t* channels, int count, float* planes, float* scratch) {
