@@ -38,6 +38,20 @@ def _pack(module: nn.Module, branch: Branch) -> nn.Module:
     return module
 
 
+def _run_once(fast: nn.Module, example: Tensor) -> None:
+    """Run a packed network, and drop the weights for tiles where its images have too few of them."""
+
+    def drop(block: PackedBasicBlock, args: tuple[Tensor], y: Tensor) -> None:
+        block.drop_tiles(y)
+
+    hooks = [m.register_forward_hook(drop) for m in fast.modules() if isinstance(m, PackedBasicBlock)]
+    try:
+        fast(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def optimize(model: nn.Module, example: Tensor, branch: Branch = "gated") -> nn.Module:
     """Make a copy of a gated network, block or convolution that runs fast.
 
@@ -72,5 +86,5 @@ def optimize(model: nn.Module, example: Tensor, branch: Branch = "gated") -> nn.
             cast(Any, fast).default_branch = branch
         for parameter in fast.parameters():
             parameter.requires_grad_(False)
-        fast(example)
+        _run_once(fast, example)
     return fast.eval()

@@ -10,6 +10,7 @@ namespace gatedkernels {
 namespace {
 
 constexpr int64_t kCacheBytes = 1 << 19;  // weights, or components, that stay in a core's second-level cache
+constexpr int64_t kFarBytes = 24 << 20;    // weights that do not stay in the last-level cache
 
 // Of one convolution, in the layouts of kernels.h.
 struct Weights {
@@ -17,18 +18,6 @@ struct Weights {
   const float* transformed;  // for tiles, or null
   const float* bias;
 };
-
-using Counters = std::unique_ptr<std::atomic<int32_t>[]>;
-
-Counters counters(const std::vector<int32_t>& values) {
-  Counters made = std::make_unique<std::atomic<int32_t>[]>(values.size());
-  for (size_t i = 0; i < values.size(); ++i) made[i].store(values[i], std::memory_order_relaxed);
-  return made;
-}
-
-void wait_for(const std::atomic<int32_t>& left) {
-  wait_until([&] { return left.load(std::memory_order_acquire) == 0; });
-}
 
 class Block {
  public:
@@ -62,32 +51,34 @@ class Block {
     }
     tiles1_ = conv1_, tiles1_.weight = weights1.transformed;
     tiles2_ = conv2_, tiles2_.weight = weights2.transformed;
-    bool any1 = false, any2 = false;
+    // Transformed weights are 16 / 9 as many. Where they come from memory, and few samples share them, that costs more
+    // than it saves, unless most of them are read, one after the other.
+    const bool far = 64 * hidden * (conv1_.C + conv2_.K) > kFarBytes && N_ < 4;
     for (int64_t n = 0; n < N_; ++n) {
-      offset_[n + 1] = offset_[n] + plan.count[n] * plane;
-      any1 |= tiled1_[n] = weights1.transformed && out_tiles_pay(grid1_, plan.count[n]);
-      any2 |= tiled2_[n] = weights2.transformed && in_tiles_pay(grid2_, plan.count[n]);
+      const int32_t count = plan.count[n];
+      offset_[n + 1] = offset_[n] + count * plane;
+      const bool tiled = !far || 4 * count >= 3 * hidden;
+      tiled1_[n] = tiled && weights1.transformed && out_tiles_pay(grid1_, count);
+      tiled2_[n] = tiled && weights2.transformed && in_tiles_pay(grid2_, count);
     }
-    shared1_ = any1 ? strips1_.shared_floats(conv1_.C) : 0;
-    shared2_ = any2 ? strips2_.shared_floats(hidden) : 0;
-    memory_ = empty({std::max<int64_t>(offset_[N_] + N_ * (shared1_ + shared2_), 1)});
+    memory_ = empty({std::max<int64_t>(offset_[N_], 1)});
     planes_ = memory_.mutable_data_ptr<float>();
   }
 
   void run() {
     const Queue queue = schedule();
-    const Counters components1 = counters(queue.out_components), components2 = counters(queue.in_components),
-                   planes = counters(queue.planes);
+    const auto left = std::make_unique<std::atomic<int32_t>[]>(N_);  // items of conv1, for every sample
+    for (int64_t n = 0; n < N_; ++n) left[n].store(queue.pending[n], std::memory_order_relaxed);
     in_order(static_cast<int64_t>(queue.items.size()), [&](int64_t at) {
       const Item& item = queue.items[at];
-      const int64_t n = item.sample;
-      if (item.stage == Stage::out_tiles) wait_for(components1[n]);
-      if (item.stage >= Stage::in_rows) wait_for(planes[n]);
-      if (item.stage == Stage::in_tiles) wait_for(components2[n]);
-      run_item(item);
-      if (item.stage == Stage::out_components) components1[n].fetch_sub(1, std::memory_order_release);
-      if (item.stage == Stage::in_components) components2[n].fetch_sub(1, std::memory_order_release);
-      if (makes_planes(item.stage)) planes[n].fetch_sub(1, std::memory_order_release);
+      std::atomic<int32_t>& mine = left[item.sample];
+      if (of_conv1(item.stage)) {
+        run_conv1(item);
+        mine.fetch_sub(1, std::memory_order_release);
+      } else {
+        wait_until([&] { return mine.load(std::memory_order_acquire) == 0; });
+        run_conv2(item);
+      }
     });
   }
 
@@ -107,8 +98,12 @@ class Block {
     Queue queue(N_, conv2_.size.H, operations);
     for (int64_t begin = 0; begin < N_; begin += group) {
       const int64_t end = std::min(begin + group, N_);
-      add_tiled(queue, begin, end, tiled1_, strips1_, Stage::out_components, [&](int64_t) { return conv1_.C; },
-                [&](int64_t n) { return plan_.count[n]; }, 8);
+      for (int64_t n = begin; n < end; ++n) {
+        if (!tiled1_[n]) continue;
+        for (int i = 0; i < strips1_.count; ++i) {
+          queue.add_tiles(n, Stage::out_tiles, plan_.count[n], strips1_.parts(plan_.count[n], 8), strips1_.at(i));
+        }
+      }
       for (int64_t c = 0; c < hidden_; c += slice) {
         for (int64_t n = begin; n < end; ++n) {
           if (tiled1_[n]) continue;
@@ -117,8 +112,12 @@ class Block {
                          std::lower_bound(list, last, c + slice) - list, 3, row1, whole);
         }
       }
-      add_tiled(queue, begin, end, tiled2_, strips2_, Stage::in_components, [&](int64_t n) { return plan_.count[n]; },
-                [&](int64_t) { return blocks; }, 1);
+      for (int64_t n = begin; n < end; ++n) {
+        if (!tiled2_[n]) continue;
+        for (int i = 0; i < strips2_.count; ++i) {
+          queue.add_tiles(n, Stage::in_tiles, blocks, strips2_.parts(blocks, 1), strips2_.at(i));
+        }
+      }
       for (int64_t block = 0; block < blocks; block += sliced ? 1 : blocks) {
         for (int64_t n = begin; n < end; ++n) {
           if (tiled2_[n]) continue;
@@ -130,75 +129,50 @@ class Block {
     return queue;
   }
 
-  // The strips of the samples among [begin, end) that are computed on tiles; `inputs` and `outputs` count the channels
-  // that a sample's components have and the channels or blocks made of them, which are cut into no less than `least`.
-  template <class Inputs, class Outputs>
-  void add_tiled(Queue& queue, int64_t begin, int64_t end, const std::vector<uint8_t>& tiled, const Strips& strips,
-                 Stage components, const Inputs& inputs, const Outputs& outputs, int64_t least) const {
-    constexpr int64_t kLeastInputs = 16;
-    auto add = [&](int steps, const auto& count, int64_t parts, int64_t smallest) {
-      for (int64_t n = begin; n < end; ++n) {
-        for (int i = 0; i < strips.count && tiled[n]; ++i) {
-          queue.add_strip(n, static_cast<Stage>(static_cast<int>(components) + steps), count(n), parts, smallest,
-                          strips.at(i));
-        }
-      }
-    };
-    if (strips.together) {
-      add(2, outputs, 1, 1);
-    } else {
-      add(0, inputs, 2 * threads(), kLeastInputs);
-      add(1, outputs, 4 * threads(), least);
+  void run_conv1(const Item& item) const {
+    const Kernels& run = kernels();
+    const int64_t n = item.sample;
+    const int32_t* channels = plan_.list(n) + item.from;
+    const int32_t count = item.to - item.from;
+    const float* in = x_ + n * conv1_.size.H * conv1_.size.W * conv1_.C;
+    float* planes = planes_ + offset_[n] + item.from * conv1_.plane;
+    if (item.stage == Stage::out_rows) {
+      run.out_rows(conv1_, in, channels, count, plan_.count[n] - item.from, item.begin, item.end, planes);
+      return;
     }
+    const Strip strip{item.begin, item.end};
+    ThreadTiles& mine = ThreadTiles::mine();
+    mine.reserve(Components::floats(conv1_.C, strips1_.widest()), tile_scratch(grid1_, strips1_.widest()));
+    const Components components(mine.components, conv1_.C, strip.tiles());
+    if (mine.lacks(call_, item.stage, item.sample, strip)) {
+      run.image_tiles(grid1_, strip, in, conv1_.C, 0, conv1_.C, components, mine.scratch);
+    }
+    run.out_tiles(tiles1_, grid1_, strip, components, channels, count, planes, mine.scratch);
   }
 
-  void run_item(const Item& item) {
+  void run_conv2(const Item& item) const {
     const Kernels& run = kernels();
-    const int64_t n = item.sample, count = plan_.count[n], image = n * conv2_.size.H * conv2_.size.W * conv2_.K;
-    const int32_t* channels = plan_.list(n);
-    const float* in = x_ + n * conv1_.size.H * conv1_.size.W * conv1_.C;
-    const float* skip = residual_ ? residual_ + image : nullptr;
-    float* const planes = planes_ + offset_[n];
+    const int64_t n = item.sample, image = n * conv2_.size.H * conv2_.size.W * conv2_.K;
+    const int32_t *channels = plan_.list(n), count = plan_.count[n];
+    const float *planes = planes_ + offset_[n], *residual = residual_ ? residual_ + image : nullptr;
+    if (item.stage == Stage::in_rows) {
+      run.in_rows(conv2_, planes, channels, count, item.from, item.to, item.begin, item.end, residual, y_ + image);
+      return;
+    }
     const Strip strip{item.begin, item.end};
-    switch (item.stage) {
-      case Stage::out_rows:
-        return run.out_rows(conv1_, in, channels + item.from, item.to - item.from, count - item.from, item.begin,
-                            item.end, planes + item.from * conv1_.plane);
-      case Stage::in_rows:
-        return run.in_rows(conv2_, planes, channels, count, item.from, item.to, item.begin, item.end, skip, y_ + image);
-      default:
-        break;
+    ThreadTiles& mine = ThreadTiles::mine();
+    mine.reserve(Components::floats(hidden_, strips2_.widest()), tile_scratch(grid2_, strips2_.widest()));
+    const Components components(mine.components, count, strip.tiles());
+    if (mine.lacks(call_, item.stage, item.sample, strip)) {
+      run.plane_tiles(grid2_, strip, planes, conv1_.plane, 0, count, components, mine.scratch);
     }
-    const bool second = item.stage >= Stage::in_rows;
-    const Strips& strips = second ? strips2_ : strips1_;
-    const TileGrid& grid = second ? grid2_ : grid1_;
-    const int64_t inputs = second ? count : conv1_.C;
-    float* scratch = thread_scratch(tile_scratch(grid, strips.widest()) +
-                                    (strips.together ? strips.component_floats(inputs) : 0));
-    float* data = planes_ + offset_[N_] + (second ? N_ * shared1_ + n * shared2_ : n * shared1_);
-    if (strips.together) {
-      data = scratch;
-      scratch += strips.component_floats(inputs);
-    } else {
-      data += strip.first / strips.size * strips.component_floats(inputs);
-    }
-    const Components components(data, inputs, strip.tiles());
-    if (item.stage == Stage::out_components || item.stage == Stage::out_strip) {
-      const bool all = item.stage == Stage::out_strip;
-      run.image_tiles(grid, strip, in, conv1_.C, all ? 0 : item.from, all ? conv1_.C : item.to, components, scratch);
-    }
-    if (item.stage == Stage::in_components || item.stage == Stage::in_strip) {
-      const bool all = item.stage == Stage::in_strip;
-      run.plane_tiles(grid, strip, planes, conv1_.plane, all ? 0 : item.from, all ? count : item.to, components,
-                      scratch);
-    }
-    if (item.stage == Stage::out_tiles || item.stage == Stage::out_strip) {
-      run.out_tiles(tiles1_, grid, strip, components, channels + item.from, item.to - item.from,
-                    planes + item.from * conv1_.plane, scratch);
-    }
-    if (item.stage == Stage::in_tiles || item.stage == Stage::in_strip) {
-      run.in_tiles(tiles2_, grid, strip, components, channels, count, item.from, item.to, skip, y_ + image, scratch);
-    }
+    run.in_tiles(tiles2_, grid2_, strip, components, channels, count, item.from, item.to, residual, y_ + image,
+                 mine.scratch);
+  }
+
+  static uint64_t next_call() {
+    static std::atomic<uint64_t> calls{0};
+    return ++calls;
   }
 
   const Plan& plan_;
@@ -209,11 +183,11 @@ class Block {
   float* y_;
   OutConv conv1_, tiles1_;  // the same convolution, with weights for rows and for tiles
   InConv conv2_, tiles2_;
-  std::vector<int64_t> offset_;            // of every sample's planes
-  std::vector<uint8_t> tiled1_, tiled2_;   // whether a sample's convolution is computed on tiles
-  int64_t shared1_, shared2_;              // floats of components of one sample that threads share
+  std::vector<int64_t> offset_;           // of every sample's planes
+  std::vector<uint8_t> tiled1_, tiled2_;  // whether a sample's convolution is computed on tiles
   Tensor memory_;
   float* planes_;
+  const uint64_t call_ = next_call();
 };
 
 Tensor run_block(const Tensor& given_x, const Weights& weights1, const Weights& weights2, int64_t hidden,

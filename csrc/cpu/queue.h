@@ -12,19 +12,13 @@ namespace gatedkernels {
 
 // What an item computes of one sample.
 enum class Stage : uint8_t {
-  out_rows,        // rows of conv1's active channels
-  out_components,  // the components of a strip of conv1's tiles
-  out_tiles,       // conv1's active channels of a strip, from components that are there
-  out_strip,       // both of these at once
-  in_rows,         // the same of conv2's blocks of output channels
-  in_components,
+  out_rows,   // rows of conv1's active channels
+  out_tiles,  // the same of a strip of tiles
+  in_rows,    // rows of conv2's blocks of output channels
   in_tiles,
-  in_strip,
 };
 
-inline bool makes_planes(Stage stage) {
-  return stage == Stage::out_rows || stage == Stage::out_tiles || stage == Stage::out_strip;
-}
+inline bool of_conv1(Stage stage) { return stage == Stage::out_rows || stage == Stage::out_tiles; }
 
 // Channels or blocks [from, to), and rows or tiles [begin, end).
 struct Item {
@@ -35,14 +29,11 @@ struct Item {
 class Queue {
  public:
   std::vector<Item> items;
-  // Of every sample: items that make its components, for either convolution, and those that make conv1's planes.
-  std::vector<int32_t> out_components, in_components, planes;
+  std::vector<int32_t> pending;  // items of conv1, for every sample
 
   // `operations` is what there is to do in all: items are a small share of it, so that all threads end together.
   Queue(int64_t N, int64_t height, double operations)
-      : out_components(N, 0),
-        in_components(N, 0),
-        planes(N, 0),
+      : pending(N, 0),
         height_(height),
         target_(std::clamp(operations / static_cast<double>(24 * threads()), kLeastOperations, kMostOperations)) {}
 
@@ -71,10 +62,8 @@ class Queue {
     }
   }
 
-  // Cuts [0, count) of a strip into `parts`, none smaller than `least`.
-  void add_strip(int64_t sample, Stage stage, int64_t count, int64_t parts, int64_t least, Strip strip) {
-    if (count == 0) return;
-    parts = std::clamp<int64_t>(count / least, 1, parts);
+  // Cuts channels or blocks [0, count) of a strip into `parts`.
+  void add_tiles(int64_t sample, Stage stage, int64_t count, int64_t parts, Strip strip) {
     for (int64_t part = 0; part < parts; ++part) {
       push(sample, stage, count * part / parts, count * (part + 1) / parts, strip.first, strip.last);
     }
@@ -84,9 +73,7 @@ class Queue {
   void push(int64_t sample, Stage stage, int64_t from, int64_t to, int64_t begin, int64_t end) {
     items.push_back({static_cast<int32_t>(sample), static_cast<int32_t>(from), static_cast<int32_t>(to),
                      static_cast<int32_t>(begin), static_cast<int32_t>(end), stage});
-    out_components[sample] += stage == Stage::out_components;
-    in_components[sample] += stage == Stage::in_components;
-    planes[sample] += makes_planes(stage);
+    pending[sample] += of_conv1(stage);
   }
 
   static constexpr double kLeastOperations = 2e5, kMostOperations = 8e6;  // about 2 and 80 microseconds of a core

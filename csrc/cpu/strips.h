@@ -5,39 +5,53 @@
 #include <cstdint>
 #include <vector>
 
-#include "tensors.h"
+#include "queue.h"
 
 namespace gatedkernels {
 
 // The strips of tiles that every sample is cut into, for one of the convolutions.
-struct Strips {
-  int tiles, count, size;
-  bool together;  // one thread computes a strip from beginning to end; else its channels are shared out
+class Strips {
+ public:
+  int count;
 
-  Strips(const TileGrid& grid, int64_t samples, int64_t most) : tiles(grid.tiles()) {
+  // `most` tiles are what a core's cache holds the components of.
+  Strips(const TileGrid& grid, int64_t samples, int64_t most) : samples_(samples), tiles_(grid.tiles()) {
     constexpr int64_t kLeast = 32;
     const int64_t all = threads();
-    int64_t wanted = std::max<int64_t>(1, (tiles + most / 2) / most);
+    int64_t wanted = std::max<int64_t>(1, (tiles_ + most / 2) / most);
     // Few strips become as many for each thread.
-    if (samples * wanted < 4 * all && ceil_div(wanted, all) * all * kLeast <= tiles) wanted = ceil_div(wanted, all) * all;
-    together = samples * wanted >= 4 * all || wanted % all == 0;
-    size = static_cast<int>(std::max<int64_t>(16, (tiles / wanted + 8) / 16 * 16));
-    count = std::max(1, (tiles + size / 2) / size);
+    if (samples * wanted < 4 * all && ceil_div(wanted, all) * all * kLeast <= tiles_) wanted = ceil_div(wanted, all) * all;
+    size_ = static_cast<int>(std::max<int64_t>(16, (tiles_ / wanted + 8) / 16 * 16));
+    count = std::max(1, (tiles_ + size_ / 2) / size_);
   }
 
-  Strip at(int i) const { return {i * size, i + 1 == count ? tiles : (i + 1) * size}; }
-  int64_t widest() const { return std::max(size, tiles - (count - 1) * size); }
-  int64_t shared_floats(int64_t channels) const { return together ? 0 : count * component_floats(channels); }
-  int64_t component_floats(int64_t channels) const { return Components::floats(channels, widest()); }
+  Strip at(int i) const { return {i * size_, i + 1 == count ? tiles_ : (i + 1) * size_}; }
+  int64_t widest() const { return std::max(size_, tiles_ - (count - 1) * size_); }
+
+  // Into how many parts the `channels` of each strip are cut, none smaller than `least`: one if strips are enough work to
+  // share out, for every part transforms its strip anew.
+  int64_t parts(int64_t channels, int64_t least) const {
+    const int64_t all = threads(), items = samples_ * count;
+    const bool even = 10 * count * widest() <= 11 * tiles_;
+    if (items >= 4 * all || (items % all == 0 && even)) return 1;
+    const int64_t wanted = samples_ == 1 ? all * std::max<int64_t>(1, channels / (2 * least * all)) : ceil_div(4 * all, items);
+    return std::clamp<int64_t>(channels / least, 1, wanted);
+  }
+
+ private:
+  int64_t samples_;
+  int tiles_, size_;
 };
 
 // Taps of all windows that do not fall into the padding.
 inline double taps_inside(const Geometry& g) { return (3.0 * g.H - 2) * (3.0 * g.W - 2); }
 
+constexpr int kLeastTiles = 9;  // an image of fewer is never computed on them; gatedkernels/ops/packed.py knows it too
+
 // Costs in multiply-adds of a vector, for each input channel, of `count` active output channels. What a transform takes
 // beside them was measured on Zen 4.
 inline bool out_tiles_pay(const TileGrid& grid, int32_t count) {
-  constexpr int kLeastTiles = 9, kTransformRow = 70, kSplitTile = 3;
+  constexpr int kTransformRow = 70, kSplitTile = 3;
   const int64_t lanes = ceil_div(grid.tiles(), 4) * 4;
   const double transform = static_cast<double>(kTransformRow * grid.rows * ceil_div(grid.columns, 16)) +
                            static_cast<double>(kSplitTile * grid.tiles());
@@ -47,18 +61,48 @@ inline bool out_tiles_pay(const TileGrid& grid, int32_t count) {
 
 // The same for each vector of output channels, of `count` active input channels.
 inline bool in_tiles_pay(const TileGrid& grid, int32_t count) {
-  constexpr int kLeastTiles = 9, kFinish = 90;
+  constexpr int kFinish = 90;
   return grid.size.stride == 1 && grid.tiles() >= kLeastTiles &&
          (16.0 * count + kFinish) * grid.tiles() < count * taps_inside(grid.size);
 }
 
-// Memory of the calling thread that outlives a call, so that its pages stay mapped; a cache line begins there.
-inline float* thread_scratch(int64_t floats) {
-  thread_local std::vector<float> memory;
-  constexpr size_t kLine = 16;
-  if (memory.size() < static_cast<size_t>(floats) + kLine) memory.resize(static_cast<size_t>(floats) + kLine);
-  const auto at = reinterpret_cast<uintptr_t>(memory.data());
-  return memory.data() + (64 - at % 64) % 64 / sizeof(float);
-}
+// The components of the strip that the calling thread computed from last, and memory for the kernels beside them. It
+// outlives a call, so that its pages stay mapped.
+class ThreadTiles {
+ public:
+  float *components, *scratch;
+
+  static ThreadTiles& mine() {
+    thread_local ThreadTiles tiles;
+    return tiles;
+  }
+
+  void reserve(int64_t component_floats, int64_t scratch_floats) {
+    constexpr int64_t kLine = 16;
+    const auto floats = static_cast<size_t>(component_floats + scratch_floats + kLine);
+    if (memory_.size() < floats) memory_.resize(floats), holds_ = {};
+    components = memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64 / sizeof(float);
+    scratch = components + component_floats;
+  }
+
+  // Whether they are not those of this strip yet; from now on they are.
+  bool lacks(uint64_t call, Stage stage, int32_t sample, Strip strip) {
+    const Holds wanted{call, stage, sample, strip.first};
+    if (wanted == holds_) return false;
+    holds_ = wanted;
+    return true;
+  }
+
+ private:
+  struct Holds {
+    uint64_t call = 0;
+    Stage stage{};
+    int32_t sample = 0, first = 0;
+    bool operator==(const Holds&) const = default;
+  };
+
+  std::vector<float> memory_;
+  Holds holds_;
+};
 
 }  // namespace gatedkernels

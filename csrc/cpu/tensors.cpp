@@ -4,6 +4,37 @@
 
 namespace gatedkernels {
 
+Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, MemoryFormat format) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Bool || dtype == ScalarType::Int,
+                  "no other dtypes are made here");
+  const int64_t* sizes = size.begin();
+  const auto dims = static_cast<int64_t>(size.size());
+  std::vector<int64_t> strides(size.size());
+  int64_t step = 1;
+  if (format == MemoryFormat::ChannelsLast) {
+    for (const int64_t d : {1, 3, 2, 0}) strides[d] = step, step *= sizes[d];
+  } else {
+    for (int64_t d = dims - 1; d >= 0; --d) strides[d] = step, step *= std::max<int64_t>(sizes[d], 1);
+  }
+  const int32_t type = dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Bool ? aoti_torch_dtype_bool()
+                                                   : aoti_torch_dtype_int32();
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides.data(), type, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+Tensor channels_last(const Tensor& t) {
+  bool is = true;
+  int64_t step = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    is &= t.size(d) == 1 || t.stride(d) == step;
+    step *= t.size(d);
+  }
+  return is ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+}
+
 Plan::Plan(const Tensor& mask) : samples(mask.size(0)), channels(mask.size(1)) {
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.is_cpu(), "masks are bool, on the CPU");
   const Tensor packed = row_major(mask);

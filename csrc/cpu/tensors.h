@@ -19,17 +19,16 @@ using MaybeTensor = std::optional<Tensor>;
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 
-inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype = ScalarType::Float,
-                    MemoryFormat format = MemoryFormat::Contiguous) {
-  return torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt, format);
-}
+// By way of the C interface: an operator found by its name would take longer than many a small layer.
+Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype = ScalarType::Float,
+             MemoryFormat format = MemoryFormat::Contiguous);
 
 inline const float* floats(const Tensor& t) { return t.const_data_ptr<float>(); }
 inline const float* floats(const MaybeTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
 inline Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline MaybeTensor row_major(const MaybeTensor& t) { return t ? MaybeTensor(row_major(*t)) : t; }
-inline Tensor channels_last(const Tensor& t) { return torch::stable::contiguous(t, MemoryFormat::ChannelsLast); }
+Tensor channels_last(const Tensor& t);
 
 inline void check_float(const Tensor& t, int64_t dims) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == dims && t.is_cpu(),

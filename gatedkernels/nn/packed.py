@@ -24,6 +24,7 @@ from gatedkernels.ops.packed import (
     pack_tile_rows,
     unpack_blocks,
     unpack_rows,
+    worth_tiles,
 )
 
 _ops = torch.ops.gatedkernels
@@ -241,6 +242,8 @@ class PackedBasicBlock(PackedResidual):
     bias1: Tensor
     weight2: Tensor
     bias2: Tensor
+    tiles1: Tensor | None
+    tiles2: Tensor | None
 
     def __init__(self, block: GatedBasicBlock, branch: Branch) -> None:
         super().__init__(block, branch)
@@ -256,6 +259,11 @@ class PackedBasicBlock(PackedResidual):
             tiles2=pack_tile_blocks(weight2),
         )
         self.eval()
+
+    def drop_tiles(self, y: Tensor) -> None:
+        """Drop the weights that serve images of a few tiles and more, if results (N, K, H, W) have fewer."""
+        if not worth_tiles(y.shape[2], y.shape[3]):
+            self.tiles1 = self.tiles2 = None
 
     def forward(
         self, x: Tensor, branch: Branch | None = None, mask: Tensor | None = None, return_gate: bool = False

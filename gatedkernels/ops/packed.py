@@ -45,7 +45,13 @@ def unpack_blocks(blocks: Tensor, out_channels: int) -> Tensor:
 
 # Filters to components; pixels to components and components to pixels are in csrc/include/cpu/tiles.h.
 _TO_TILES = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+_LEAST_TILES = 9  # as in csrc/cpu/strips.h
 _ROW_PADDING = 16  # floats at the end of each row, which keep rows out of each other's cache sets
+
+
+def worth_tiles(height: int, width: int) -> bool:
+    """Whether results of this size have so many tiles that the library may compute on them."""
+    return ((height + 1) // 2) * ((width + 1) // 2) >= _LEAST_TILES
 
 
 def _tiles(weight: Tensor) -> Tensor:

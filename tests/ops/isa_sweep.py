@@ -12,12 +12,14 @@ from torch.nn.functional import conv2d, linear
 
 import gatedkernels as gk
 from gatedkernels import _extension
-from gatedkernels.ops.packed import pack_blocks, pack_rows
+from gatedkernels.ops.packed import pack_blocks, pack_rows, pack_tile_blocks, pack_tile_rows
 from gatedkernels.ops.plan.reference import pack
 
 ops = torch.ops.gatedkernels
 # C, K, H, W: channels around the lanes and blocks of every set, images around its tiles
-SIZES = [(1, 1, 1, 1), (3, 33, 5, 17), (16, 32, 4, 4), (31, 20, 7, 3), (37, 70, 3, 9), (64, 64, 8, 8), (65, 5, 2, 11)]
+SIZES = [
+    (1, 1, 1, 1), (3, 33, 5, 17), (16, 32, 4, 4), (31, 20, 7, 3), (37, 70, 3, 9), (64, 64, 8, 8), (65, 5, 2, 11), (33, 40, 15, 22),
+]  # fmt: skip
 
 
 def where(mask: Tensor, x: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ def convolutions(c: int, k: int, h: int, w: int, side: int, stride: int) -> None
 
 
 def blocks(c: int, k: int, h: int, w: int, stride: int) -> None:
-    n, m, case = 3, 45, (c, k, h, w, stride)
+    n, m, case = 3, 145, (c, k, h, w, stride)
     x, w1, b1, w2, b2 = (torch.randn(*s) for s in ((n, c, h, w), (m, c, 3, 3), (m,), (k, m, 3, 3), (k,)))
     mask, residual = torch.rand(n, m) < 0.5, torch.randn(n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
     wide = [t.double() for t in (x, w1, b1, w2, b2, residual)]
@@ -62,8 +64,10 @@ def blocks(c: int, k: int, h: int, w: int, stride: int) -> None:
     exact = (conv2d(hidden, *wide[3:5], 1, 1) + wide[5]).relu()
     y = gk.gated_block(x, w1, b1, w2, b2, mask, residual=residual, stride=stride, backend="cpu")
     check(f"gated_block {case}", y, exact)
-    y = ops.packed_block(x, pack_rows(w1), b1, pack_blocks(w2), b2, mask, residual, stride)
-    check(f"packed_block {case}", y, exact)
+    tiles = pack_tile_rows(w1) if stride == 1 else None, pack_tile_blocks(w2)
+    for name, own in (("packed_block", (None, None)), ("packed_block, on tiles", tiles)):
+        y = ops.packed_block(x, pack_rows(w1), b1, pack_blocks(w2), b2, *own, mask, residual, stride)
+        check(f"{name} {case}", y, exact)
 
 
 def gates(c: int, k: int, h: int, w: int) -> None:

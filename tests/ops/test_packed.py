@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
 from gatedkernels import _extension
-from gatedkernels.ops.packed import DEFINITIONS, pack_blocks, pack_rows, unpack_blocks, unpack_rows
+from gatedkernels.ops.packed import (
+    DEFINITIONS,
+    pack_blocks,
+    pack_rows,
+    pack_tile_blocks,
+    pack_tile_rows,
+    unpack_blocks,
+    unpack_rows,
+)
 
 ops = torch.ops.gatedkernels
 DENSITIES = [None, 0.0, 0.4, 1.0]
@@ -51,6 +59,28 @@ def test_layouts_of_packed_weights(shape: tuple[int, ...]):
     assert not unpack_blocks(blocks, blocks.shape[0] * 32)[k:].any()
 
 
+def test_layouts_of_transformed_weights():
+    weight = torch.randn(33, 5, 3, 3)
+    rows, blocks = pack_tile_rows(weight), pack_tile_blocks(weight)
+    assert rows.shape == (33, 16 * 5 + 16)
+    assert blocks.shape == (2, 16, 5, 32)
+    components = rows[:, :-16].unflatten(1, (16, 5))
+    assert torch.equal(blocks.permute(0, 3, 1, 2).flatten(0, 1)[:33], components)
+    assert not rows[:, -16:].any()
+    corners = torch.stack([weight[..., i, j] for i in (0, 2) for j in (0, 2)], 1)
+    assert torch.equal(components[:, [0, 3, 12, 15]], corners)  # they go into their components alone
+
+
+def test_components_convolve():
+    """The transformed filters are those of the minimal filtering algorithm, whose other transforms are written here."""
+    pixels = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=torch.float64)
+    results = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=torch.float64)
+    patch, weight = torch.randn(5, 4, 4, dtype=torch.float64), torch.randn(3, 5, 3, 3, dtype=torch.float64)
+    filters = pack_tile_rows(weight)[:, :-16].unflatten(1, (4, 4, 5)).permute(0, 3, 1, 2)
+    products = (filters * (pixels @ patch @ pixels.T)).sum(1)
+    torch.testing.assert_close(results @ products @ results.T, conv2d(patch[None], weight)[0])
+
+
 # N, C, M (hidden), K, H, W
 GATES = [(2, 64, 16, 64, 8, 8), (1, 7, 5, 3, 1, 1), (3, 130, 33, 70, 5, 4), (0, 8, 4, 8, 2, 2)]
 
@@ -89,13 +119,26 @@ BLOCKS = [
     (0, 8, 8, 8, 4, 4, 1),
 ]
 
+# Such that computing on tiles pays at densities of 0.4 and more.
+TILED_BLOCKS = [
+    (2, 64, 96, 64, 8, 8, 1),
+    (1, 35, 70, 47, 17, 15, 1),
+    (9, 16, 60, 33, 14, 14, 1),
+    (1, 20, 80, 40, 33, 41, 1),
+    (3, 48, 50, 70, 12, 7, 1),
+    (2, 20, 60, 36, 18, 22, 2),
+    (1, 256, 100, 64, 9, 6, 1),
+]
+
 
 @needs_cpu
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("density", DENSITIES[1:])
-@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "tiled"), [*((s, False) for s in BLOCKS), *((s, True) for s in TILED_BLOCKS)], ids=str
+)
 def test_packed_block(
-    shape: tuple[int, ...], density: float, with_residual: bool, layout: str, images, assert_within_budget
+    shape: tuple[int, ...], tiled: bool, density: float, with_residual: bool, layout: str, images, assert_within_budget
 ):
     n, c, m, k, h, w, stride = shape
     weight1, weight2 = torch.randn(m, c, 3, 3) / (3 * c**0.5), torch.randn(k, m, 3, 3) / (3 * m**0.5)
@@ -103,7 +146,8 @@ def test_packed_block(
     mask = make_mask(n, m, density)
 
     def operator(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, skip: Tensor | None) -> Tensor:
-        return ops.packed_block(x, pack_rows(w1), b1, pack_blocks(w2), b2, mask, skip, stride)
+        tiles = (pack_tile_rows(w1) if stride == 1 else None, pack_tile_blocks(w2)) if tiled else (None, None)
+        return ops.packed_block(x, pack_rows(w1), b1, pack_blocks(w2), b2, *tiles, mask, skip, stride)
 
     def definition(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, skip: Tensor | None) -> Tensor:
         y = conv2d(where(mask, conv2d(x, w1, b1, stride, 1).relu()), w2, b2, 1, 1)
@@ -111,6 +155,19 @@ def test_packed_block(
 
     tensors = [images((n, c, h, w), layout), weight1, torch.randn(m), weight2, torch.randn(k), residual]
     assert_agrees(operator, definition, tensors, assert_within_budget)
+
+
+@needs_cpu
+def test_packed_block_leaves_nothing_behind():
+    """What a call leaves in the threads' scratch memory, NaN here, does not reach the next one."""
+    weight1, weight2, bias = torch.randn(96, 32, 3, 3), torch.randn(32, 96, 3, 3), torch.zeros(96)
+    packed = pack_rows(weight1), bias, pack_blocks(weight2), bias[:32], pack_tile_rows(weight1)
+    tiles2, mask = pack_tile_blocks(weight2), torch.ones(2, 96, dtype=torch.bool)
+    x = torch.randn(2, 32, 11, 9)
+    clean = ops.packed_block(x, *packed, tiles2, mask, None, 1)
+    for poison in (torch.full((2, 32, 24, 24), torch.nan), torch.full_like(x, torch.inf)):
+        assert not ops.packed_block(poison, *packed, tiles2, mask, None, 1).isfinite().all()
+        assert torch.equal(ops.packed_block(x, *packed, tiles2, mask, None, 1), clean)
 
 
 # N, C, K, H, W, side of the window, stride
@@ -166,7 +223,7 @@ def test_definitions_serve_where_the_library_does_not(name: str, images):
     weight, bias = torch.randn(8, 8, 3, 3) / 9, torch.randn(8)
     arguments = {
         "channel_gate": (x, torch.randn(6, 8), torch.randn(6), torch.randn(9, 6), torch.randn(9)),
-        "packed_block": (x, pack_rows(weight), bias, pack_blocks(weight), bias, mask, x, 1),
+        "packed_block": (x, pack_rows(weight), bias, pack_blocks(weight), bias, None, None, mask, x, 1),
         "packed_conv2d": (x, pack_blocks(weight), bias, mask, ~mask, x, 8, 1, True),
     }[name]
     actual, expected = getattr(ops, name)(*arguments), DEFINITIONS[name](*arguments)
@@ -182,7 +239,7 @@ def test_registration(n: int, stride: int, images):
     weight, bias = torch.randn(8, 8, 3, 3), torch.randn(8)
     for operator, arguments in (
         (ops.channel_gate, (x, torch.randn(6, 8), torch.randn(6), torch.randn(9, 6), torch.randn(9))),
-        (ops.packed_block, (x, pack_rows(weight), bias, pack_blocks(weight), bias, mask, None, stride)),
+        (ops.packed_block, (x, pack_rows(weight), bias, pack_blocks(weight), bias, None, None, mask, None, stride)),
         (ops.packed_conv2d, (x, pack_blocks(weight), bias, mask, ~mask, None, 8, stride, True)),
     ):
         torch.library.opcheck(operator.default, arguments)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gatedkernels as gk
 from gatedkernels import _extension
-from gatedkernels.ops.packed import pack_blocks, pack_rows
+from gatedkernels.ops.packed import pack_blocks, pack_rows, pack_tile_blocks, pack_tile_rows
 
 pytestmark = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
 
@@ -49,10 +49,12 @@ def make_calls() -> dict[str, tuple[Call, Tensor]]:
         name: (call, call("reference"))
         for name, call in calls.items()  # type: ignore[call-arg]
     }
-    with_references["packed_block"] = (
-        lambda: torch.ops.gatedkernels.packed_block(x, rows, b1, blocks, b2, mask2, x, 1),
-        with_references["gated_block"][1],
-    )
+    tiles = pack_tile_rows(w1), pack_tile_blocks(w2)
+    for name, own in (("packed_block", (None, None)), ("packed_block, on tiles", tiles)):
+        with_references[name] = (
+            lambda own=own: torch.ops.gatedkernels.packed_block(x, rows, b1, blocks, b2, *own, mask2, x, 1),
+            with_references["gated_block"][1],
+        )
     return with_references
 
 
