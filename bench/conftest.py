@@ -57,7 +57,7 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
         return None
     groups = [group for group in map(_group, items) if group in GROUPS]
     seconds = sum(SECONDS_BESIDE[group] + config.getoption("seconds") for group in groups)
-    return f"{len(groups)} cells on {torch.get_num_threads()} threads, about {seconds / 60:.0f} minutes"
+    return f"cells: {len(groups)}; threads: {torch.get_num_threads()}; about {seconds / 60:.1f} minutes"
 
 
 def _groups(config: pytest.Config) -> list[str]:

@@ -133,7 +133,7 @@ def _ways(cells: Sequence[Cell]) -> list[str]:
             networks.setdefault(_setting(cell), cell)
     if not networks:
         return []
-    lines = ["", "Dense networks, milliseconds; those far behind in a first call were timed no further:", ""]
+    lines = ["", "Dense networks, milliseconds; those far behind in three calls were timed no further:", ""]
     for cell in networks.values():
         ways = ", ".join(f"{name} {ms:.2f}" for name, ms in sorted(cell.ways_ms.items(), key=lambda way: way[1]))
         lines.append(f"- {', '.join(str(value) for _, value in _setting(cell))}: {ways}")

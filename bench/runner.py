@@ -1,7 +1,7 @@
 """One way to measure a trial, and the cell of the results that comes out."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ from gatedkernels.reporting.timing import Ratio, Timing, time_call
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 15, 400
 _WARMUP_ROUNDS = 3
-# Choosing the baseline; a way that takes so many times as long as another at first is no candidate.
-_CHOICE_SECONDS, _LEAST_CHOICES = 0.3, 5
+# Choosing the baseline: all ways for some rounds, then those that do not take so many times as long as another.
+_CHOICE_SECONDS, _TRIAL_ROUNDS, _LEAST_ROUNDS_OF_CANDIDATES = 0.3, 3, 5
 _HOPELESS = 1.5
 
 
@@ -107,7 +107,7 @@ def measure(trial: Trial, benchmark: Any, seconds: float) -> Measured:
 def time_ways(trial: Trial) -> dict[str, float]:
     """Time the dense ways of a trial in turn: milliseconds, by name; nothing if there is only one.
 
-    Ways that are much slower than another are timed once and left out of further rounds.
+    Ways that are much slower than another are timed three times and left out of further rounds.
     """
     if len(trial.dense) == 1:
         return {}
@@ -118,13 +118,19 @@ def time_ways(trial: Trial) -> dict[str, float]:
 
     for call in trial.dense.values():
         call()
-    samples = {name: [timed(call)] for name, call in trial.dense.items()}
-    most = _HOPELESS * min(first for (first,) in samples.values())
-    candidates = [name for name, (first,) in samples.items() if first <= most]
-    end = time.perf_counter() + _CHOICE_SECONDS
-    while len(samples[candidates[0]]) < _LEAST_CHOICES or time.perf_counter() < end:
-        for name in candidates:
+    samples: dict[str, list[float]] = {name: [] for name in trial.dense}
+
+    def time_all(names: Sequence[str]) -> None:
+        for name in names:
             samples[name].append(timed(trial.dense[name]))
+
+    for _ in range(_TRIAL_ROUNDS):
+        time_all(list(samples))
+    least = {name: min(times) for name, times in samples.items()}
+    candidates = [name for name, best in least.items() if best <= _HOPELESS * min(least.values())]
+    end = time.perf_counter() + _CHOICE_SECONDS
+    while len(samples[candidates[0]]) < _LEAST_ROUNDS_OF_CANDIDATES or time.perf_counter() < end:
+        time_all(candidates)
     return {name: Timing.of(times).median for name, times in samples.items()}
 
 

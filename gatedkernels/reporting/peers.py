@@ -1,6 +1,7 @@
 """Dense networks in other engines: ONNX Runtime and OpenVINO, on as many threads as PyTorch computes with.
 
-Both are extras, and neither is imported before it is asked for.
+Both are extras, and neither is imported before it is asked for. Both read ONNX, in which PyTorch writes the network:
+OpenVINO's own converter would be as good, but reports over the network that it was used.
 """
 
 import copy
@@ -46,7 +47,6 @@ def bind_onnxruntime(twin: nn.Module, example: Tensor) -> Callable[[], Tensor]:
         raise RuntimeError(f"ONNX Runtime convolves float32 on the CPU, got {example.dtype} on {example.device.type}")
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 - what the exporter of PyTorch needs
         from onnxruntime.capi import onnxruntime_pybind11_state
     except ImportError as error:
         raise RuntimeError(f"ONNX Runtime is not installed: {error}") from error
@@ -62,10 +62,7 @@ def bind_onnxruntime(twin: nn.Module, example: Tensor) -> Callable[[], Tensor]:
     # Its threads wait busily within a call, not between calls, where others compute.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        program = torch.onnx.export(_export(twin, example), dynamo=True, verbose=False)
-        assert program is not None  # without a file to write to
-        model = program.model_proto.SerializeToString()
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(_as_onnx(twin, example), options, providers=["CPUExecutionProvider"])
     except (RuntimeError, *failures) as error:
         raise RuntimeError(f"ONNX Runtime does not take this network: {_first_line(error)}") from error
     (source,), (target,) = session.get_inputs(), session.get_outputs()
@@ -107,9 +104,8 @@ def bind_openvino(twin: nn.Module, example: Tensor) -> Callable[[], Tensor]:
         "INFERENCE_PRECISION_HINT": precision,
     }
     try:
-        model = openvino.convert_model(_export(copy.deepcopy(twin).float(), x))
-        model.reshape(list(x.shape))
-        compiled = openvino.Core().compile_model(model, "CPU", properties)
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(_as_onnx(copy.deepcopy(twin).float(), x)), "CPU", properties)
         used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     except RuntimeError as error:
         raise RuntimeError(f"OpenVINO does not take this network: {_first_line(error)}") from error
@@ -129,10 +125,14 @@ PEERS: dict[str, Callable[[nn.Module, Tensor], Callable[[], Tensor]]] = {
 }
 
 
-def _export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    # Parameters that want gradients would be cast and folded as if somebody trained them.
-    with torch.no_grad():
-        return torch.export.export(module, (example,))
+def _as_onnx(module: nn.Module, example: Tensor) -> bytes:
+    try:
+        with torch.no_grad():
+            program = torch.onnx.export(module, (example,), dynamo=True, verbose=False)
+    except ImportError as error:
+        raise RuntimeError(f"PyTorch's exporter lacks a package: {error}") from error
+    assert program is not None  # it is, if there is a file to write to
+    return program.model_proto.SerializeToString()
 
 
 def _first_line(error: BaseException) -> str:
