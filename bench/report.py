@@ -136,7 +136,7 @@ def _ways(cells: Sequence[Cell]) -> list[str]:
     lines = ["", "Dense networks, milliseconds; those far behind in three calls were timed no further:", ""]
     for cell in networks.values():
         ways = ", ".join(f"{name} {ms:.2f}" for name, ms in sorted(cell.ways_ms.items(), key=lambda way: way[1]))
-        lines.append(f"- {', '.join(str(value) for _, value in _setting(cell))}: {ways}")
+        lines.append(f"- {', '.join(f'{name} {value}' for name, value in _setting(cell))}: {ways}")
     return lines
 
 

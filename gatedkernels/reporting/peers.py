@@ -51,7 +51,7 @@ def bind_onnxruntime(twin: nn.Module, example: Tensor) -> Callable[[], Tensor]:
     except ImportError as error:
         raise RuntimeError(f"ONNX Runtime is not installed: {error}") from error
     # They have no base class of their own.
-    failures = tuple(
+    failures: tuple[type[Exception], ...] = tuple(
         kind
         for kind in vars(onnxruntime_pybind11_state).values()
         if isinstance(kind, type) and issubclass(kind, Exception)

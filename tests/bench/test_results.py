@@ -100,7 +100,7 @@ def test_ways_and_what_is_missing_are_listed(make_cell, tmp_path: Path):
     cell = cell._replace(ways_ms={"compiled": 4.0, "openvino": 3.5}, missing={"onnxruntime": "it is not installed"})
     found = Results.load(Results.here([cell]).save(tmp_path / "results.json"))
     text = report.markdown(found)
-    assert "- 1, net, 32, float32: openvino 3.50, compiled 4.00" in text
+    assert "- batch 1, model net, size 32, dtype float32: openvino 3.50, compiled 4.00" in text
     assert "Not tried: onnxruntime (it is not installed)." in text
 
 
