@@ -25,8 +25,8 @@ from gatedkernels.reporting.twins import build_twin, prepack
 
 Call = Callable[[], Tensor]
 
-# Threads of OpenMP wait busily for some milliseconds, on cores that another engine's threads want.
-_REST_SECONDS = 0.01
+# An engine's threads wait busily for some milliseconds after a call, on cores that another engine's threads want.
+_BUSY_SECONDS = 0.01
 # Caches do not drop the oldest first, and not all say how large they are.
 _CACHES_READ = 2
 _LARGE_CACHE = 64 << 20
@@ -37,10 +37,12 @@ def run_before(call: Call) -> None:
     call()
 
 
-def rest_before(call: Call) -> None:
-    """The same after a pause in which the threads of other engines go to sleep."""
-    time.sleep(_REST_SECONDS)
+def settle_before(call: Call) -> None:
+    """The same until the threads of the engine that ran before are asleep. Sleeping instead slows both sides."""
+    end = time.perf_counter() + _BUSY_SECONDS
     call()
+    while time.perf_counter() < end:
+        call()
 
 
 def evict_before(call: Call) -> None:
@@ -121,7 +123,7 @@ def network_trial(case: NetworkCase, *, complete: bool = True) -> Iterator[Trial
     fast = optimize(model, x)
     density = 1.0 if case.kept == 1 else density_for(model, x, case.kept)
     verify(build_twin(model, gated=True), {"the optimised network": fast}, dense, x, density=density)
-    prepare = rest_before if dense.calls.keys() & PEERS.keys() else run_before
+    prepare = settle_before if dense.calls.keys() & PEERS.keys() else run_before
     with fix_gates(fast, density):
         yield Trial(lambda: fast(x), dense.calls, count_flops(fast, x).kept, prepare, dense.missing)
 

@@ -51,10 +51,10 @@ def bind_onnxruntime(twin: nn.Module, example: Tensor) -> Callable[[], Tensor]:
     except ImportError as error:
         raise RuntimeError(f"ONNX Runtime is not installed: {error}") from error
     # They have no base class of their own.
-    failures: tuple[type[Exception], ...] = tuple(
-        kind
-        for kind in vars(onnxruntime_pybind11_state).values()
-        if isinstance(kind, type) and issubclass(kind, Exception)
+    kinds = vars(onnxruntime_pybind11_state).values()
+    failures: tuple[type[Exception], ...] = (
+        RuntimeError,
+        *(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception)),
     )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -63,7 +63,7 @@ def bind_onnxruntime(twin: nn.Module, example: Tensor) -> Callable[[], Tensor]:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(_as_onnx(twin, example), options, providers=["CPUExecutionProvider"])
-    except (RuntimeError, *failures) as error:
+    except failures as error:
         raise RuntimeError(f"ONNX Runtime does not take this network: {_first_line(error)}") from error
     (source,), (target,) = session.get_inputs(), session.get_outputs()
     y = torch.empty(target.shape)

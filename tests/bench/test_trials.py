@@ -54,7 +54,7 @@ def test_other_engines_take_part(monkeypatch: pytest.MonkeyPatch):
     with trials.network_trial(case) as trial:
         assert {"contiguous", "channels-last", "prepacked", "openvino"} == trial.dense.keys()
         assert trial.missing == {"onnxruntime": "it is not installed"}
-        assert trial.prepare is trials.rest_before  # its threads are not ours
+        assert trial.prepare is trials.settle_before  # its threads are not ours
 
 
 def test_a_wrong_engine_gets_no_number(monkeypatch: pytest.MonkeyPatch):
@@ -81,13 +81,6 @@ def test_cold_blocks_evict(monkeypatch: pytest.MonkeyPatch):
     assert not called  # it would come back into the caches
     assert trials._other_things().nbytes == 2 << 20
     trials._other_things.cache_clear()
-
-
-def test_before_a_warm_call_it_runs_once():
-    called = []
-    trials.run_before(lambda: called.append("run"))
-    trials.rest_before(lambda: called.append("rest"))
-    assert called == ["run", "rest"]
 
 
 @torch.inference_mode()
@@ -175,6 +168,14 @@ def test_the_only_way_is_the_baseline(monkeypatch: pytest.MonkeyPatch):
     trial = Trial(clock.way("gated", 0.005), {"only": clock.way("only", 0.01)}, 1.0)
     assert time_ways(trial) == {} and not clock.calls
     assert measure(trial, _Benchmark(), 0.1).baseline == "only"
+
+
+def test_warm_calls_run_before_they_are_timed(monkeypatch: pytest.MonkeyPatch):
+    clock = _Clock(monkeypatch)
+    trials.run_before(clock.way("once", 0.004))
+    trials.settle_before(clock.way("until other threads sleep", 0.004))
+    trials.settle_before(clock.way("once is enough", 0.1))
+    assert clock.calls == ["once", *["until other threads sleep"] * 3, "once is enough"]
 
 
 def test_both_sides_are_prepared_alike(monkeypatch: pytest.MonkeyPatch):

@@ -121,10 +121,10 @@ class _Undecided(nn.Module):
 def test_what_cannot_be_converted_is_said(peer: str):
     _skip_without(peer)
     with pytest.raises(RuntimeError, match=r"(ONNX Runtime|OpenVINO) does not take this network: .+"):
-        peers.PEERS[peer](_Undecided(), torch.randn(2, 3, 4, 4))
+        peers.PEERS[peer](_Undecided().eval(), torch.randn(2, 3, 4, 4))
 
 
 @pytest.mark.parametrize("peer", peers.PEERS)
 def test_other_dtypes_are_refused(peer: str):
     with pytest.raises(RuntimeError, match=r"got torch.float64 on cpu"):
-        peers.PEERS[peer](nn.Identity(), torch.randn(1, 3, 4, 4, dtype=torch.float64))
+        peers.PEERS[peer](nn.Identity().eval(), torch.randn(1, 3, 4, 4, dtype=torch.float64))
