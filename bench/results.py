@@ -4,8 +4,8 @@ import json
 import math
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,13 @@ class Results:
             "threads": torch.get_num_threads(),
             "instruction_set": instruction_set() or "none",
         }
-        return cls(machine, versions(), _commit(), datetime.now().isoformat(timespec="minutes"), list(cells))
+        return cls(
+            machine,
+            versions("onnxruntime", "openvino"),
+            _commit(),
+            datetime.now().isoformat(timespec="minutes"),
+            list(cells),
+        )
 
     @classmethod
     def load(cls, path: Path) -> "Results":
@@ -67,7 +73,7 @@ class Results:
             stamp = self.date.replace(":", "")
             path = RESULTS / f"{slug}-{self.machine['threads']}t-{stamp}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {**asdict(self), "cells": [cell._asdict() for cell in self.cells]}
+        content = {**vars(self), "cells": [cell._asdict() for cell in self.cells]}
         path.write_text(json.dumps(_rounded(content), indent=1) + "\n")
         return path
 
@@ -111,6 +117,6 @@ def _rounded(value: Any) -> Any:
     """Six digits are more than any clock is good for."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

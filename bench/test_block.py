@@ -1,21 +1,26 @@
-"""Optimised basic blocks: eight shapes, two batch sizes, five densities, and masks that are not uniform."""
+"""Optimised basic blocks: eight shapes, two batch sizes, six densities; other masks; weights and images in memory."""
 
 from typing import Any
 
 import pytest
 
-from bench.cases import BLOCKS, BlockCase, mask_cases
-from bench.replay import recordings
+from bench.cases import GROUPS, BlockCase
 from bench.trials import block_trial
 
 
-@pytest.mark.parametrize("case", BLOCKS, indirect=True, ids=str)
+@pytest.mark.parametrize("case", GROUPS["block"], indirect=True, ids=str)
 def test_block(case: BlockCase, run: Any) -> None:
     with block_trial(case) as trial:
-        run("block", case, trial)
+        run(case, trial)
 
 
-@pytest.mark.parametrize("case", mask_cases(recordings()), indirect=True, ids=str)
+@pytest.mark.parametrize("case", GROUPS["masks"], indirect=True, ids=str)
 def test_masks(case: BlockCase, run: Any) -> None:
     with block_trial(case) as trial:
-        run("masks", case, trial)
+        run(case, trial)
+
+
+@pytest.mark.parametrize("case", GROUPS["cold"], indirect=True, ids=str)
+def test_cold(case: BlockCase, run: Any) -> None:
+    with block_trial(case) as trial:
+        run(case, trial)

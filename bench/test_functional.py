@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from bench.cases import FUNCTIONALS, FunctionalCase
+from bench.cases import GROUPS, FunctionalCase
 from bench.trials import functional_trial
 
 
-@pytest.mark.parametrize("case", FUNCTIONALS, indirect=True, ids=str)
+@pytest.mark.parametrize("case", GROUPS["functional"], indirect=True, ids=str)
 def test_functional(case: FunctionalCase, run: Any) -> None:
     with functional_trial(case) as trial:
-        run("functional", case, trial)
+        run(case, trial)

@@ -1,14 +1,14 @@
-"""Whole optimised networks, at the FLOPs of the budget and with every gate open."""
+"""Whole optimised networks, at the FLOPs of the budget and with every gate open, against every engine there is."""
 
 from typing import Any
 
 import pytest
 
-from bench.cases import NETWORKS, NetworkCase
+from bench.cases import GROUPS, NetworkCase
 from bench.trials import network_trial
 
 
-@pytest.mark.parametrize("case", NETWORKS, indirect=True, ids=str)
+@pytest.mark.parametrize("case", GROUPS["network"], indirect=True, ids=str)
 def test_network(case: NetworkCase, run: Any, pytestconfig: pytest.Config) -> None:
-    with network_trial(case, compiled=pytestconfig.getoption("benchmark")) as trial:
-        run("network", case, trial)
+    with network_trial(case, complete=pytestconfig.getoption("benchmark")) as trial:
+        run(case, trial)

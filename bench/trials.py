@@ -1,8 +1,9 @@
 """From a case to two functions that compute the same: the gated one, and the dense one it is measured against."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import cycle
 from typing import Any
@@ -18,9 +19,40 @@ from gatedkernels.nn import Gate, GatedBasicBlock, gated_flops, kept_fraction
 from gatedkernels.nn.fix_gates import draw_masks
 from gatedkernels.reporting import density_for
 from gatedkernels.reporting.baselines import Baselines, check_same, dense_baselines, verify
+from gatedkernels.reporting.machine import last_level_cache
+from gatedkernels.reporting.peers import PEERS
 from gatedkernels.reporting.twins import build_twin, prepack
 
 Call = Callable[[], Tensor]
+
+# An engine's threads wait busily for some milliseconds after a call, on cores that another engine's threads want.
+_BUSY_SECONDS = 0.01
+# Caches do not drop the oldest first, and not all say how large they are.
+_CACHES_READ = 2
+_LARGE_CACHE = 64 << 20
+
+
+def run_before(call: Call) -> None:
+    """Prepare a timed call: it finds its weights in the caches, as in a process that does nothing else."""
+    call()
+
+
+def settle_before(call: Call) -> None:
+    """The same until the threads of the engine that ran before are asleep. Sleeping instead slows both sides."""
+    end = time.perf_counter() + _BUSY_SECONDS
+    call()
+    while time.perf_counter() < end:
+        call()
+
+
+def evict_before(call: Call) -> None:
+    """Prepare a timed call: nothing that it needs is in a cache, because every thread has read other things since."""
+    _other_things().sum()
+
+
+@lru_cache(maxsize=1)
+def _other_things() -> Tensor:
+    return torch.ones(_CACHES_READ * (last_level_cache() or _LARGE_CACHE) // 4)
 
 
 @dataclass(frozen=True)
@@ -31,17 +63,21 @@ class Trial:
         gated: The gated computation.
         dense: Ways to do it densely, by name; the fastest is the baseline.
         kept: Fraction of the dense multiply-adds that the gated one executes, gates included.
+        prepare: What is done with a call before it is timed.
+        missing: Why a dense way is not among them, by name.
     """
 
     gated: Call
     dense: dict[str, Call]
     kept: float
+    prepare: Callable[[Call], None] = run_before
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
 def block_trial(case: BlockCase) -> Iterator[Trial]:
     """An optimised block against prepacked oneDNN with fused activations; checked in float64."""
-    block, fast, reference, dense, x = _block(case.channels, case.size, case.batch)
+    block, fast, reference, dense, x = _block(case.channels, case.size, case.batch, case.dtype)
     masks = None if case.masks == "exact" else draw(case.masks, case.density, case.batch, case.channels)
 
     def masked(network: nn.Module) -> AbstractContextManager[None]:
@@ -51,15 +87,18 @@ def block_trial(case: BlockCase) -> Iterator[Trial]:
         check_same("the optimised block", fast(x), reference(x.double()))
     with masked(fast):
         kept = count_flops(fast, x).kept if masks is None else _mean_kept(block, x, masks)
-        yield Trial(lambda: fast(x), {"prepacked": lambda: dense(x)}, kept)
+        prepare = evict_before if case.cache == "cold" else run_before
+        yield Trial(lambda: fast(x), {"prepacked": lambda: dense(x)}, kept, prepare)
 
 
 @lru_cache(maxsize=1)
-def _block(channels: int, size: int, batch: int) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module, Tensor]:
+def _block(
+    channels: int, size: int, batch: int, dtype: str
+) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module, Tensor]:
     """A block, optimised, masked in float64 and dense, the same for all masks, and its batch."""
     torch.manual_seed(0)
-    block = _settled(GatedBasicBlock(channels, channels))
-    x = _images(batch, channels, size)
+    block = _settled(GatedBasicBlock(channels, channels)).to(getattr(torch, dtype))
+    x = _images(batch, channels, size).to(getattr(torch, dtype))
     fast, reference, dense = optimize(block, x), build_twin(block, gated=True).double(), prepack(build_twin(block))
     with fix_gates(reference, 1.0), torch.inference_mode():
         check_same("the prepacked block", dense(x), reference(x.double()))
@@ -73,14 +112,20 @@ def _mean_kept(block: nn.Module, x: Tensor, masks: Tensor) -> float:
 
 
 @contextmanager
-def network_trial(case: NetworkCase, *, compiled: bool = True) -> Iterator[Trial]:
-    """A whole optimised network against the fastest dense PyTorch, compiled and frozen among them."""
-    model, x, dense = _network(case.model, case.width, case.size, case.batch, compiled)
+def network_trial(case: NetworkCase, *, complete: bool = True) -> Iterator[Trial]:
+    """A whole optimised network against the fastest dense one.
+
+    Args:
+        case: The network.
+        complete: Whether ``torch.compile`` with freezing, ONNX Runtime and OpenVINO take part, which takes a minute.
+    """
+    model, x, dense = _network(replace(case, kept=1.0), complete)
     fast = optimize(model, x)
     density = 1.0 if case.kept == 1 else density_for(model, x, case.kept)
     verify(build_twin(model, gated=True), {"the optimised network": fast}, dense, x, density=density)
+    prepare = settle_before if dense.calls.keys() & PEERS.keys() else run_before
     with fix_gates(fast, density):
-        yield Trial(lambda: fast(x), dense.calls, count_flops(fast, x).kept)
+        yield Trial(lambda: fast(x), dense.calls, count_flops(fast, x).kept, prepare, dense.missing)
 
 
 @contextmanager
@@ -131,13 +176,14 @@ def _dense_block(x: Tensor, weights: list[Tensor], biases: list[Tensor], scale: 
     return conv2d(h, weights[1], biases[1], padding=1).add_(x).relu_()
 
 
-@lru_cache(maxsize=4)
-def _network(name: str, width: float, size: int, batch: int, compiled: bool) -> tuple[nn.Module, Tensor, Baselines]:
+@lru_cache(maxsize=1)
+def _network(case: NetworkCase, complete: bool) -> tuple[nn.Module, Tensor, Baselines]:
     """A network, its batch and its dense baselines, which take long to compile and are the same for all masks."""
     torch.manual_seed(0)
-    model = _settled(models.create_model(name, num_classes=None, stem="cifar", width=width))
-    x = _images(batch, 3, size)
-    return model, x, dense_baselines(model, x, compiled=compiled)
+    dtype = getattr(torch, case.dtype)
+    model = _settled(models.create_model(case.model, num_classes=None, stem=case.stem, width=case.width)).to(dtype)
+    x = _images(case.batch, 3, case.size).to(dtype)
+    return model, x, dense_baselines(model, x, compiled=complete, peers=complete)
 
 
 def _settled(module: Any) -> Any:

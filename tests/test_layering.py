@@ -13,7 +13,7 @@ INSTALLED_AS = {"models": "gatedkernels.models", "training": "gatedkernels.train
 OURS = {"gatedkernels", "models", "training", "bench", "tests", "<outside>"}
 BASE = {"gatedkernels._extension", "gatedkernels._schemas", "gatedkernels.policy", "gatedkernels.ops"}
 
-HEAVY = ["triton", "lightning", "pytorch_lightning", "matplotlib", "torchvision", "sklearn"]
+HEAVY = ["triton", "lightning", "pytorch_lightning", "matplotlib", "torchvision", "sklearn", "onnxruntime", "openvino"]
 
 
 def imported(path: Path, root: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""The best that plain PyTorch does: dense, in every way we know, and dense with masks."""
+"""The best that dense networks do, in every way we know, and dense with masks."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedkernels.nn import fix_gates
+from gatedkernels.reporting.peers import PEERS
 from gatedkernels.reporting.twins import build_twin, prepack
 
 # More networks than this compiled in one process would fall back to eager without a word.
@@ -29,16 +30,19 @@ class Baselines:
     missing: dict[str, str]
 
 
-def dense_baselines(model: nn.Module, example: Tensor, *, compiled: bool = True) -> Baselines:
+def dense_baselines(model: nn.Module, example: Tensor, *, compiled: bool = True, peers: bool = False) -> Baselines:
     """Prepare the dense twin of a gated module in every way that may be the fastest.
 
     Normalisations are folded in all of them. "contiguous" and "channels-last" are eager; "prepacked" has oneDNN's
     packed filters and fused activations; "compiled" is ``torch.compile`` with freezing, for this batch size.
+    "onnxruntime" and "openvino" are other engines, with threads of their own: those of the engine that ran before may
+    still wait busily for a few milliseconds.
 
     Args:
         model: A gated module, as it is or optimised.
         example: The batch to run on.
         compiled: Whether to compile too, which takes seconds to a minute.
+        peers: Whether to convert for other engines too, which takes seconds; without them installed, they are missing.
 
     Returns:
         The networks, bound to the batch.
@@ -63,6 +67,11 @@ def dense_baselines(model: nn.Module, example: Tensor, *, compiled: bool = True)
         except RuntimeError as error:
             missing["compiled"] = str(error)
             warnings.warn(f"the dense baselines lack torch.compile: {error}", stacklevel=2)
+    for name, bind in PEERS.items() if peers else ():
+        try:
+            calls[name] = bind(twin, x)
+        except RuntimeError as error:
+            missing[name] = str(error)
     return Baselines(calls, ("contiguous", "channels-last"), missing)
 
 

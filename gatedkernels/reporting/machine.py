@@ -13,6 +13,8 @@ from gatedkernels import _extension
 from gatedkernels.reporting.timing import interleave
 
 _PROBE_SECONDS = 0.15
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def cpu_name() -> str:
@@ -35,10 +37,22 @@ def instruction_set() -> str | None:
     return library.gatedkernels_cpu_isa().decode()
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers; "missing" for what is not installed."""
+def last_level_cache() -> int | None:
+    """Bytes of the largest cache of the first processor, or None where the system does not say."""
+    sizes = []
+    for path in _CACHES.glob("index*/size"):
+        try:
+            text = path.read_text().strip()
+            sizes.append(int(text[:-1]) * _UNITS[text[-1]])
+        except (OSError, ValueError, LookupError):
+            continue
+    return max(sizes, default=None)
+
+
+def versions(*others: str) -> dict[str, str]:
+    """Versions of what decides the numbers, and of other packages; "missing" for what is not installed."""
     found = {"python": platform.python_version()}
-    for name in ("gatedkernels", "torch", "numpy"):
+    for name in ("gatedkernels", "torch", "numpy", *others):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

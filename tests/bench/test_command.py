@@ -18,23 +18,48 @@ def _pytest(*options: object) -> subprocess.CompletedProcess[str]:
 
 def test_measures_and_writes(tmp_path: Path):
     file = tmp_path / "results.json"
-    result = _pytest("bench/", "--benchmark", "--seconds", 0.01, "--results", file, "-k", "512-4-1-0.2 and test_block")
+    options = ("--benchmark", "--seconds", 0.01, "--threads", 1, "--results", file)
+    result = _pytest("bench/", *options, "--groups", "block", "-k", "512-4-1-0.2")
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "cells: 1; threads: 1; about 0.0 minutes" in result.stdout
     assert "geomean efficiency" in result.stdout
     assert "Legend" not in result.stdout  # pytest-benchmark's own table
-    (cell,) = Results.load(file).cells
+    results = Results.load(file)
+    assert results.machine["threads"] == 1
+    assert {"onnxruntime", "openvino"} <= results.versions.keys()
+    (cell,) = results.cells
     assert (cell.group, cell.rounds, cell.baseline) == ("block", 15, "prepacked")
-    assert cell.name == "bench/test_block.py::test_block[512-4-1-0.2-exact]"
+    assert cell.name == "bench/test_block.py::test_block[512-4-1-0.2-exact-float32-warm]"
     assert cell.kept == pytest.approx(0.2, abs=0.01)
     assert cell.efficiency == pytest.approx(cell.speedup[0] * cell.kept, rel=1e-4)
 
 
 def test_without_the_flag_nothing_is_measured(tmp_path: Path):
     file = tmp_path / "results.json"
-    result = _pytest("bench/", "--results", file, "-k", "512-4-1-0.2 and test_block")
+    result = _pytest("bench/", "--results", file, "--groups", "block", "-k", "512-4-1-0.2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 passed" in result.stdout and "geomean" not in result.stdout
     assert not file.exists()
+
+
+def test_groups_are_chosen():
+    result = _pytest("bench/", "--groups", "masks,cold", "--collect-only", "-k", "64-32-16")
+    listed = [line for line in result.stdout.splitlines() if "::" in line]
+    assert listed and all("::test_masks[" in line or "::test_cold[" in line for line in listed)
+    assert {line.partition("::")[2].partition("[")[0] for line in listed} == {"test_masks", "test_cold"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--groups", "blocks"), "--groups must name some of block, masks, cold, network, functional, got blocks"),
+        (("--threads", 0), "--threads must be positive, got 0"),
+    ],
+)
+def test_wrong_options(options, said):
+    result = _pytest("bench/", *options)
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert said in result.stderr
 
 
 def test_no_number_on_red(tmp_path: Path):
@@ -49,8 +74,8 @@ def test_no_number_on_red(tmp_path: Path):
         f"spec = importlib.util.spec_from_file_location('wrong', {str(plugin)!r})\n"
         f"spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
     )
-    chosen = "(512-7-1-0.2-contiguous and gated_conv2d) or (test_block and 512-4-1-0.2)"
-    options = ("--benchmark", "--seconds", 0.01, "--results", file, "-k", chosen)
+    chosen = "(512-7-1-0.2-contiguous and gated_conv2d) or 512-4-1-0.2 or test_wrong"
+    options = ("--benchmark", "--seconds", 0.01, "--results", file, "--groups", "functional,block", "-k", chosen)
     result = _pytest("bench/", tmp_path / "test_wrong.py", *options)
     assert result.returncode == 1
     assert "No results: something failed" in result.stdout

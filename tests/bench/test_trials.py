@@ -1,11 +1,17 @@
 """Trials refuse what computes something else, and know what they keep."""
 
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from bench import trials
 from bench.cases import BlockCase, FunctionalCase, NetworkCase
-from bench.runner import fastest
+from bench.runner import make_cell, measure, time_ways
+from bench.trials import Trial
+from gatedkernels.reporting.baselines import dense_baselines
 
 
 @torch.inference_mode()
@@ -26,12 +32,55 @@ def test_block_under_other_masks(masks: str):
 
 
 @torch.inference_mode()
-def test_network():
-    case = NetworkCase("gated_resnet18", 0.125, 12, 2, 0.3)
-    with trials.network_trial(case, compiled=False) as trial:
-        assert trial.gated().shape == (2, 64)
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_network(stem: str):
+    case = NetworkCase("gated_resnet18", 0.125, 12, stem, 2, 0.3)
+    with trials.network_trial(case, complete=False) as trial:
+        assert trial.gated().shape == (2, 64) and trial.prepare is trials.run_before
         assert trial.kept == pytest.approx(0.3, abs=0.05)
         assert {"contiguous", "channels-last", "prepacked"} == trial.dense.keys()
+
+
+@torch.inference_mode()
+def test_other_engines_take_part(monkeypatch: pytest.MonkeyPatch):
+    def one_right_one_missing(model, x, *, compiled, peers):
+        assert compiled and peers
+        dense = dense_baselines(model, x, compiled=False)
+        calls = dense.calls | {"openvino": dense.calls["contiguous"]}
+        return replace(dense, calls=calls, missing={"onnxruntime": "it is not installed"})
+
+    monkeypatch.setattr(trials, "dense_baselines", one_right_one_missing)
+    case = NetworkCase("gated_resnet18", 0.125, 12, "cifar", 1, 0.3)
+    with trials.network_trial(case) as trial:
+        assert {"contiguous", "channels-last", "prepacked", "openvino"} == trial.dense.keys()
+        assert trial.missing == {"onnxruntime": "it is not installed"}
+        assert trial.prepare is trials.settle_before  # its threads are not ours
+
+
+def test_a_wrong_engine_gets_no_number(monkeypatch: pytest.MonkeyPatch):
+    def wrong(model, x, *, compiled, peers):
+        dense = dense_baselines(model, x, compiled=False)
+        return replace(dense, calls=dense.calls | {"openvino": lambda: dense.calls["contiguous"]() * 1.01})
+
+    monkeypatch.setattr(trials, "dense_baselines", wrong)
+    case = NetworkCase("gated_resnet18", 0.125, 12, "cifar", 3, 0.3)
+    with pytest.raises(RuntimeError, match="openvino must compute"), trials.network_trial(case):
+        pass
+
+
+@torch.inference_mode()
+def test_cold_blocks_evict(monkeypatch: pytest.MonkeyPatch):
+    with trials.block_trial(BlockCase(16, 6, 2, 0.5, cache="cold")) as trial:
+        assert trial.prepare is trials.evict_before
+    with trials.block_trial(BlockCase(16, 6, 2, 0.5)) as trial:
+        assert trial.prepare is trials.run_before
+    called = []
+    monkeypatch.setattr(trials, "last_level_cache", lambda: 1 << 20)
+    trials._other_things.cache_clear()
+    trials.evict_before(lambda: called.append(1))
+    assert not called  # it would come back into the caches
+    assert trials._other_things().nbytes == 2 << 20
+    trials._other_things.cache_clear()
 
 
 @torch.inference_mode()
@@ -73,7 +122,67 @@ def test_a_wrong_block_gets_no_number(monkeypatch: pytest.MonkeyPatch):
     trials._block.cache_clear()
 
 
-def test_the_fastest_way_is_the_baseline():
-    ways = {"slow": lambda: sum(range(20000)), "fast": lambda: None}
-    assert fastest(ways) == "fast"
-    assert fastest({"only": lambda: None}) == "only"
+class _Clock:
+    """Time passes only when a way runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.calls = 0.0, []
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def way(self, name: str, seconds: float):
+        def call():
+            self.calls.append(name)
+            self.now += seconds
+
+        return call
+
+
+class _Benchmark:
+    """What `measure` uses of pytest-benchmark."""
+
+    def pedantic(self, call, setup, rounds, warmup_rounds, iterations):
+        times = []
+        for _ in range(warmup_rounds + rounds):
+            setup()
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=times[warmup_rounds:]))
+
+
+def test_the_fastest_way_is_the_baseline(monkeypatch: pytest.MonkeyPatch):
+    clock = _Clock(monkeypatch)
+    ways = {"slow": clock.way("slow", 0.012), "fast": clock.way("fast", 0.01), "hopeless": clock.way("hopeless", 0.1)}
+    trial = Trial(clock.way("gated", 0.005), ways, 0.5)
+    assert time_ways(trial) == {"slow": pytest.approx(12), "fast": pytest.approx(10), "hopeless": pytest.approx(100)}
+    assert clock.calls.count("hopeless") == 7  # once to begin with, and three times after it ran
+    measured = measure(trial, _Benchmark(), 0.5)
+    assert measured.baseline == "fast" and len(measured.gated_s) == len(measured.dense_s) >= 15
+    cell = make_cell("network", "name", {}, trial, measured)
+    assert (cell.speedup[0], cell.efficiency) == (pytest.approx(2), pytest.approx(1))
+    assert cell.ways_ms["slow"] == pytest.approx(12)
+
+
+def test_the_only_way_is_the_baseline(monkeypatch: pytest.MonkeyPatch):
+    clock = _Clock(monkeypatch)
+    trial = Trial(clock.way("gated", 0.005), {"only": clock.way("only", 0.01)}, 1.0)
+    assert time_ways(trial) == {} and not clock.calls
+    assert measure(trial, _Benchmark(), 0.1).baseline == "only"
+
+
+def test_warm_calls_run_before_they_are_timed(monkeypatch: pytest.MonkeyPatch):
+    clock = _Clock(monkeypatch)
+    trials.run_before(clock.way("once", 0.004))
+    trials.settle_before(clock.way("until other threads sleep", 0.004))
+    trials.settle_before(clock.way("once is enough", 0.1))
+    assert clock.calls == ["once", *["until other threads sleep"] * 3, "once is enough"]
+
+
+def test_both_sides_are_prepared_alike(monkeypatch: pytest.MonkeyPatch):
+    clock = _Clock(monkeypatch)
+    dense, gated = clock.way("dense", 0.01), clock.way("gated", 0.005)
+    names = {dense: "before dense", gated: "before gated"}
+    trial = Trial(gated, {"only": dense}, 1.0, lambda call: clock.calls.append(names[call]))
+    measure(trial, _Benchmark(), 0.1)
+    rounds = len(clock.calls) // 4
+    assert clock.calls == ["before dense", "dense", "before gated", "gated"] * rounds

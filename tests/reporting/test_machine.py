@@ -1,5 +1,7 @@
 """The machine's facts and ceilings, and the doctor who reads them out."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +14,16 @@ def test_facts():
     found = machine.versions()
     assert found.keys() == {"python", "gatedkernels", "torch", "numpy"}
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert machine.versions("no-such-package")["no-such-package"] == "missing"
+
+
+def test_last_level_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(machine, "_CACHES", tmp_path)
+    assert machine.last_level_cache() is None
+    for index, size in enumerate(("48K", "1024K", "32M", "", "?")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert machine.last_level_cache() == 32 << 20
 
 
 @pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
