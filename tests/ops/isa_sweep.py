@@ -18,7 +18,8 @@ from gatedkernels.ops.plan.reference import pack
 ops = torch.ops.gatedkernels
 # C, K, H, W: channels around the lanes and blocks of every set, images around its tiles
 SIZES = [
-    (1, 1, 1, 1), (3, 33, 5, 17), (16, 32, 4, 4), (31, 20, 7, 3), (37, 70, 3, 9), (64, 64, 8, 8), (65, 5, 2, 11), (33, 40, 15, 22),
+    (1, 1, 1, 1), (3, 33, 5, 17), (16, 32, 4, 4), (31, 20, 7, 3), (37, 70, 3, 9), (64, 64, 8, 8), (65, 5, 2, 11),
+    (33, 40, 15, 22),
 ]  # fmt: skip
 
 
