@@ -44,11 +44,8 @@ class Block {
     conv2_.weight = weights2.direct, conv2_.bias = weights2.bias;
     conv2_.channel_step = plane, conv2_.row_step = y.size(3), conv2_.pixel_step = 1;
     conv2_.gathered = false, conv2_.relu = true;
-    if (N_ == 1) {
-      // Threads take turns in the queue: what comes after the own item is that of another thread.
-      conv1_.ahead = static_cast<int>(3 * threads());
-      conv2_.ahead = static_cast<int>(threads());
-    }
+    // Threads take turns in the queue: what comes after the own item is that of another thread.
+    if (N_ == 1) conv1_.turns = conv2_.turns = static_cast<int>(threads());
     tiles1_ = conv1_, tiles1_.weight = weights1.transformed;
     tiles2_ = conv2_, tiles2_.weight = weights2.transformed;
     // Transformed weights are 16 / 9 as many. Where they come from memory, and few samples share them, that costs more

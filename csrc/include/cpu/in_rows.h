@@ -189,6 +189,7 @@ struct InRows {
     const RowCut cut(conv.size.OW, (conv.size.OW + Most - 1) / Most);
     const int lanes = last * kBlock < conv.K ? last * kBlock : conv.K;
     const int blocks = (conv.K + kBlock - 1) / kBlock;
+    const int further = conv.turns * (last - block);
     bool cold = true;
     for (int oy = row; oy + R <= end; oy += R) {
       int pixel = 0;
@@ -196,8 +197,8 @@ struct InRows {
         const int width = cut.size + (i < cut.larger ? 1 : 0);
         for (int lane = block * kBlock; lane < lanes; lane += kVectors * L) {
           // The last tile of a block fetches the weights of the block that will probably be next.
-          const bool leaves = oy + 2 * R > end && i + 1 == cut.tiles && !cold && block + conv.ahead < blocks;
-          const int64_t ahead = leaves ? int64_t{conv.ahead} * conv.C * S * S * kBlock : 0;
+          const bool leaves = oy + 2 * R > end && i + 1 == cut.tiles && !cold && further > 0 && block + further < blocks;
+          const int64_t ahead = leaves ? int64_t{further} * conv.C * S * S * kBlock : 0;
           kTiles[width - 1](conv, x, channels, count, lane, oy, pixel, ahead, cold, residual, y);
         }
         pixel += width;

@@ -21,7 +21,7 @@ struct OutConv {
   const float* bias;    // (K), or null
   int64_t plane;        // floats from one output plane to the next
   bool relu;
-  int ahead = 0;  // how much further down the list this thread will probably go on; 0: nobody knows
+  int turns = 0;  // after how many runs of as many channels this thread will probably go on; 0: nobody knows
 };
 
 // In-gated: reads the listed input channels wherever they lie, writes NHWC pixels of all K output channels.
@@ -33,7 +33,7 @@ struct InConv {
   int64_t channel_step, row_step, pixel_step;  // floats between neighbours in the input
   bool gathered;  // the input holds all channels (step by the listed ones), or the listed ones only (step by position)
   bool relu;
-  int ahead = 0;  // how many blocks further on this thread will probably go on; 0: nobody knows
+  int turns = 0;  // after how many runs of as many blocks this thread will probably go on; 0: nobody knows
 };
 
 // The tiles of 2 x 2 output pixels of a 3 x 3 convolution of stride 1, row by row; see tiles.h.

@@ -185,7 +185,7 @@ struct OutRows {
         for (int j = 0; j < count; j += most) {
           const int many = count - j < most ? count - j : most;
           // The first tile that uses these weights fetches the next ones, which may lie anywhere.
-          const int far = j + most < count ? j + most : j + conv.ahead;
+          const int far = j + most < count ? j + most : conv.turns * count;
           bool fetch = from == row && i == 0 && far > j && far + many <= listed;
           for (int y = from; y + R <= to; y += R, fetch = false) {
             kTiles[width - 1][many - 1][fetch](conv, x, channels + j, channels + far, y, pixel,
