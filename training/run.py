@@ -16,13 +16,15 @@ from gatedkernels.training.evaluation import (
     evaluate,
     mask_report,
 )
-from gatedkernels.training.loop import start_run, train
+from gatedkernels.training.loop import check_device, start_run, train, view_loader
 from gatedkernels.training.recipes import Backbone, backbone_costs, build_backbone, build_method
 from gatedkernels.training.run_folder import RunFolder, write_json
 
 
 def train_run(config: TrainConfig, path: Path, *, resume: bool = False, progress: bool = True) -> None:
     """Train in a folder, which is locked meanwhile.
+
+    What is wrong with the images, the network or the device shows before the folder is made.
 
     Args:
         config: The run.
@@ -32,14 +34,17 @@ def train_run(config: TrainConfig, path: Path, *, resume: bool = False, progress
 
     Raises:
         RunError: If the folder is in use, cannot be written, or does not hold what it should.
-        DataError: If the images cannot be read.
+        DataError: If the images cannot be read, or are fewer than a batch.
         TrainingError: If the device is missing or lacks the precision, or the loss is no number any more.
+        ValueError: If no network has the widths that ``config`` asks for.
     """
+    check_device(config)
+    data, method = load_run_data(config), build_method(config)
+    loader = view_loader(data, config)
     folder = RunFolder(path)
     with folder.locked():
-        data = load_run_data(config)
         start_run(folder, config, resume=resume)
-        train(build_method(config), data, config, folder, resume=resume, progress=progress)
+        train(method, loader, config, folder, resume=resume, progress=progress)
 
 
 def load_run(path: Path) -> tuple[TrainConfig, Backbone]:
