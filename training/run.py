@@ -9,7 +9,7 @@ import torch
 from gatedkernels.training.augment import plain_view
 from gatedkernels.training.config import Device, Measure, TrainConfig
 from gatedkernels.training.data import Data, load_data
-from gatedkernels.training.errors import RunError
+from gatedkernels.training.errors import RunError, TrainingError
 from gatedkernels.training.evaluation import (
     augmented_linear_accuracy,
     collect_masks,
@@ -35,12 +35,15 @@ def train_run(config: TrainConfig, path: Path, *, resume: bool = False, progress
     Raises:
         RunError: If the folder is in use, cannot be written, or does not hold what it should.
         DataError: If the images cannot be read, or are fewer than a batch.
-        TrainingError: If the device is missing or lacks the precision, or the loss is no number any more.
-        ValueError: If no network has the widths that ``config`` asks for.
+        TrainingError: If the device is missing or lacks the precision, no network has the widths that are asked for, or
+            the loss is no number any more.
     """
     check_device(config)
-    data, method = load_run_data(config), build_method(config)
-    loader = view_loader(data, config)
+    loader = view_loader(load_run_data(config), config)
+    try:
+        method = build_method(config)
+    except ValueError as error:
+        raise TrainingError(f"width and gate_group must describe a network: {error}") from error
     folder = RunFolder(path)
     with folder.locked():
         start_run(folder, config, resume=resume)

@@ -153,7 +153,11 @@ def test_mixed_precision(tmp_path: Path, finished: Path):
         ({"precision": "16-mixed"}, TrainingError, "precision must be 32 or bf16-mixed on a CPU, got 16-mixed"),
         ({"data": "cifar10"}, DataError, "data_dir must name the folder of the cifar10 images, got None"),
         ({"batch_size": 64}, DataError, "batch_size must be at most the 32 training images, got 64"),
-        ({"gate_group": 3}, ValueError, "out_channels must be a positive multiple of group=3, got 4"),
+        (
+            {"gate_group": 3},
+            TrainingError,
+            "width and gate_group must describe a network: .*group=3, got 4",
+        ),
     ],
     ids=["device", "precision", "data", "too few images", "network"],
 )
