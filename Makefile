@@ -35,7 +35,8 @@ sanitize: $(VENV)/installed
 	GATEDKERNELS_SANITIZE=1 GATEDKERNELS_CUDA=0 $(BIN)/python setup.py -q build_ext \
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	cd $(SANITIZED) && PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(RUNTIMES)" \
-		$(CURDIR)/$(BIN)/python -m pytest -q -x -p no:cacheprovider -m "not slow and not gpu" --ignore tests/ops/test_cuda_host.py tests/ops tests/test_inference.py
+		$(CURDIR)/$(BIN)/python -m pytest -q -x -p no:cacheprovider -m "not slow and not gpu" \
+		--ignore tests/ops/test_cuda_host.py tests/ops tests/test_inference.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
