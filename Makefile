@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml gatedkernels/_schemas.py
 
-.PHONY: demo test test-slow bench bench-check lint clean
+.PHONY: demo test test-slow sanitize bench bench-check lint clean
 .DEFAULT_GOAL := demo
 
 # PyTorch first, then the package against it: the libraries serve any PyTorch (stable ABI), and this downloads it once.
@@ -23,6 +23,20 @@ test: $(VENV)/installed lint
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# The CPU operators with gcc's sanitizers, in a copy of the packages: the library in use stays as it is.
+SANITIZED := build/sanitize
+RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+sanitize: $(VENV)/installed
+	mkdir -p $(SANITIZED)
+	rm -rf $(addprefix $(SANITIZED)/,gatedkernels models training tests)
+	cp -r gatedkernels models training tests pyproject.toml $(SANITIZED)/
+	rm -f $(SANITIZED)/gatedkernels/*.so
+	GATEDKERNELS_SANITIZE=1 GATEDKERNELS_CUDA=0 $(BIN)/python setup.py -q build_ext \
+		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	cd $(SANITIZED) && PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(RUNTIMES)" \
+		$(CURDIR)/$(BIN)/python -m pytest -q -x -p no:cacheprovider -m "not slow and not gpu" \
+		--ignore tests/ops/test_cuda_host.py tests/ops tests/test_inference.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

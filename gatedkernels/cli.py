@@ -72,7 +72,11 @@ def train(context: typer.Context, recipe: str, run_dir: Path, resume: bool, **op
             config = make_config(recipe, **given)
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    train_run(config, run_dir, resume=resume)
+    try:
+        train_run(config, run_dir, resume=resume)
+    except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the one into the other
+        typer.echo(f"\nStopped. Continue with: gatedkernels train {recipe} --run-dir {run_dir} --resume", err=True)
+        raise typer.Exit(130) from stop
     typer.echo(f"Trained. Next: gatedkernels evaluate {run_dir}")
 
 

@@ -51,6 +51,18 @@ def test_resume_needs_no_options(trained: Path, monkeypatch: pytest.MonkeyPatch)
     assert run("train", "vicreg-dual", "--run-dir", trained, "--resume", monkeypatch=monkeypatch) == 0
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(1)], ids=["before Lightning", "through Lightning"])
+def test_a_stopped_run_says_how_to_go_on(
+    stop: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(*_: Any, **__: Any) -> None:
+        raise stop
+
+    monkeypatch.setattr("gatedkernels.training.run.train_run", stopped)
+    assert run("train", "vicreg-dual", "--run-dir", "runs/x", monkeypatch=monkeypatch) == 130
+    assert "gatedkernels train vicreg-dual --run-dir runs/x --resume" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -2,7 +2,7 @@
 
 
 class DataError(ValueError):
-    """Images that cannot be found or read."""
+    """Images that cannot be found or read, or do not suffice."""
 
 
 class RunError(RuntimeError):

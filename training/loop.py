@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from gatedkernels.training.augment import VIEWS, EpochSampler, Views
 from gatedkernels.training.config import TrainConfig
 from gatedkernels.training.data import Data
-from gatedkernels.training.errors import RunError, TrainingError
+from gatedkernels.training.errors import DataError, RunError, TrainingError
 from gatedkernels.training.metrics_log import MetricsLog
 from gatedkernels.training.run_folder import RunFolder, write_atomically
 
@@ -64,6 +64,19 @@ class _StopOnNonFinite(Callback):
             )
 
 
+def check_device(config: TrainConfig) -> None:
+    """Refuse a device or a precision that would silently become another.
+
+    Raises:
+        TrainingError: If the device is missing or lacks the precision.
+    """
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise TrainingError("device must be available, got cuda where torch finds no GPU")
+    if config.precision == "16-mixed" and (config.device == "cpu" or not has_cuda):
+        raise TrainingError("precision must be 32 or bf16-mixed on a CPU, got 16-mixed")
+
+
 def start_run(folder: RunFolder, config: TrainConfig, *, resume: bool) -> TrainConfig:
     """Prepare a folder that this process has locked.
 
@@ -96,10 +109,10 @@ def view_loader(data: Data, config: TrainConfig) -> DataLoader[tuple[Tensor, ...
     """Load pairs of views, in an order and with augmentations that depend on the seed alone.
 
     Raises:
-        ValueError: If there are fewer images than a batch holds.
+        DataError: If there are fewer images than a batch holds.
     """
     if len(data.train) < config.batch_size:
-        raise ValueError(f"batch_size must be at most the {len(data.train)} training images, got {config.batch_size}")
+        raise DataError(f"batch_size must be at most the {len(data.train)} training images, got {config.batch_size}")
     options = {"blur": config.blur} if config.views == "photos" else {}
     view = VIEWS[config.views](config.image_size, data.mean, data.std, **options)
     views = Views(data.train, (view, view), config.seed)
@@ -116,7 +129,7 @@ def view_loader(data: Data, config: TrainConfig) -> DataLoader[tuple[Tensor, ...
 
 def train(
     module: pl.LightningModule,
-    data: Data,
+    loader: DataLoader[tuple[Tensor, ...]],
     config: TrainConfig,
     folder: RunFolder,
     *,
@@ -129,17 +142,16 @@ def train(
 
     Args:
         module: The method; its ``backbone`` is what evaluation will look at.
-        data: The images.
-        config: The run.
+        loader: Pairs of views, from :func:`view_loader`.
+        config: The run, whose device :func:`check_device` has accepted.
         folder: Where log, weights and checkpoints go.
         resume: Whether to continue after the last checkpoint; a run killed before its first one starts over.
         progress: Whether to draw a progress bar.
 
     Raises:
         RunError: If the checkpoint is damaged.
-        TrainingError: If the device is missing or lacks the precision, or the loss is no number any more.
+        TrainingError: If the loss is no number any more.
     """
-    _check_device(config)
     checkpoint: Path | None = None
     steps = 0
     if resume and folder.checkpoint_file.exists():
@@ -147,18 +159,7 @@ def train(
         checkpoint = folder.checkpoint_file
     module.backbone.to(memory_format=torch.channels_last)
     with _quiet():
-        _trainer(config, folder, steps, progress).fit(
-            module, view_loader(data, config), ckpt_path=checkpoint, weights_only=True
-        )
-
-
-def _check_device(config: TrainConfig) -> None:
-    """Refuse what would silently become something else."""
-    has_cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
-        raise TrainingError("device must be available, got cuda where torch finds no GPU")
-    if config.precision == "16-mixed" and (config.device == "cpu" or not has_cuda):
-        raise TrainingError("precision must be 32 or bf16-mixed on a CPU, got 16-mixed")
+        _trainer(config, folder, steps, progress).fit(module, loader, ckpt_path=checkpoint, weights_only=True)
 
 
 def _trainer(config: TrainConfig, folder: RunFolder, steps: int, progress: bool) -> pl.Trainer:

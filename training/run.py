@@ -9,20 +9,22 @@ import torch
 from gatedkernels.training.augment import plain_view
 from gatedkernels.training.config import Device, Measure, TrainConfig
 from gatedkernels.training.data import Data, load_data
-from gatedkernels.training.errors import RunError
+from gatedkernels.training.errors import RunError, TrainingError
 from gatedkernels.training.evaluation import (
     augmented_linear_accuracy,
     collect_masks,
     evaluate,
     mask_report,
 )
-from gatedkernels.training.loop import start_run, train
+from gatedkernels.training.loop import check_device, start_run, train, view_loader
 from gatedkernels.training.recipes import Backbone, backbone_costs, build_backbone, build_method
 from gatedkernels.training.run_folder import RunFolder, write_json
 
 
 def train_run(config: TrainConfig, path: Path, *, resume: bool = False, progress: bool = True) -> None:
     """Train in a folder, which is locked meanwhile.
+
+    What is wrong with the images, the network or the device shows before the folder is made.
 
     Args:
         config: The run.
@@ -32,14 +34,20 @@ def train_run(config: TrainConfig, path: Path, *, resume: bool = False, progress
 
     Raises:
         RunError: If the folder is in use, cannot be written, or does not hold what it should.
-        DataError: If the images cannot be read.
-        TrainingError: If the device is missing or lacks the precision, or the loss is no number any more.
+        DataError: If the images cannot be read, or are fewer than a batch.
+        TrainingError: If the device is missing or lacks the precision, no network has the widths that are asked for, or
+            the loss is no number any more.
     """
+    check_device(config)
+    loader = view_loader(load_run_data(config), config)
+    try:
+        method = build_method(config)
+    except ValueError as error:
+        raise TrainingError(f"width and gate_group must describe a network: {error}") from error
     folder = RunFolder(path)
     with folder.locked():
-        data = load_run_data(config)
         start_run(folder, config, resume=resume)
-        train(build_method(config), data, config, folder, resume=resume, progress=progress)
+        train(method, loader, config, folder, resume=resume, progress=progress)
 
 
 def load_run(path: Path) -> tuple[TrainConfig, Backbone]:

@@ -105,6 +105,19 @@ def check_fits(
         raise ValueError(f"x must be at least as large as the window {tuple(weight.shape[2:])}, got {tuple(x.shape)}")
 
 
+def geometry(
+    x: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Stride, padding and dilation of a convolution, for height and width each; its window must fit into ``x``."""
+    pairs = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
+    check_fits(x, weight, *pairs)
+    return pairs
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the dtype that autocast asks for on the first one's device, where it is on."""
     assert tensors[0] is not None

@@ -1,11 +1,11 @@
 """Which implementation serves a call: the explicit choice or an error that lists what there is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from torch import Tensor
 
-from gatedkernels import _extension
+from gatedkernels import _extension, policy
 
 Backend = Literal["auto", "reference", "dense", "cpu", "triton", "cuda"]
 
@@ -28,3 +28,19 @@ def require(backend: str, launchers: Mapping[str, object], x: Tensor) -> None:
             raise ValueError(f"backend 'cuda' is not available: {_extension.CUDA_ERROR}")
         if x.device.type != "cuda":
             raise ValueError(f"backend 'cuda' needs tensors on a CUDA device, got x on {x.device}")
+
+
+def cpu_or_reference(
+    backend: str,
+    launchers: Mapping[str, object],
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> str:
+    """The backend of an operation on packed channels, which has no dense form: "auto" is the CPU kernel if it can."""
+    if backend == "auto":
+        return "reference" if policy.cpu_problem(x, weight, stride, padding, dilation, 1) else "cpu"
+    require(backend, launchers, x)
+    return backend

@@ -22,7 +22,7 @@ def examine() -> dict[str, dict[str, str]]:
             "cuda": _library("_cuda", _extension.CUDA_ERROR),
             "instruction set": instruction_set() or "none: operations take their definitions in PyTorch",
         },
-        "policy of backend auto: up to which density the CPU's gated kernels serve, by output pixels of the batch": {
+        "policy of backend auto: up to which density the CPU's gated kernels serve (output pixels of the batch)": {
             kernel: _thresholds(rows) for kernel, rows in policy.CPU_THRESHOLDS.items()
         },
     }
@@ -43,7 +43,7 @@ def render(facts: dict[str, dict[str, str]]) -> Group:
 
 def _thresholds(rows: Sequence[tuple[float, float]]) -> str:
     return ", ".join(
-        f"{density:g} {f'to {pixels:g}' if math.isfinite(pixels) else 'beyond'}" for pixels, density in rows
+        f"{density:g} ({f'≤ {pixels:g}' if math.isfinite(pixels) else 'more'})" for pixels, density in rows
     )
 
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import conv2d
 
 import gatedkernels as gk
 from gatedkernels import _extension
-from gatedkernels.ops.conv_out import op
 
 # N, C, K, H, W, side of the window, stride: what the CPU kernel serves
 SHAPES = [
@@ -25,7 +24,6 @@ SHAPES = [
     (1, 1, 1, 1, 1, 3, 1),
 ]
 DENSITIES = [0.0, 0.4, 1.0]
-GEOMETRY = ((1, 1), (1, 1), (1, 1))
 
 needs_cpu = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]
@@ -107,18 +105,6 @@ def test_auto_serves_every_dtype(dtype: torch.dtype, relu: bool, layout: str, im
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_empty_batch(backend: str, gradients):
-    weight, bias, mask = make(0, 3, 5, 3, 0.5)
-    y, dx, dweight, dbias = gradients(
-        operation(mask, backend, padding=1, stride=2), [torch.randn(0, 3, 5, 7), weight, bias]
-    )
-    assert y.shape == (0, 5, 3, 4)
-    assert dx.shape == (0, 3, 5, 7)
-    assert not dweight.any()
-    assert not dbias.any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relu", [False, True])
 def test_gradients_behind_the_active_channels_are_never_read(backend: str, relu: bool, images):
     weight, bias, mask = make(3, 9, 20, 3, 0.5)
@@ -142,12 +128,6 @@ def test_nan_shows_through_the_relu(backend: str, images):
     assert torch.equal(y.isnan(), conv2d(x, weight, bias, padding=1).isnan())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_result_is_contiguous(backend: str, layout: str, images):
-    weight, bias, mask = make(2, 8, 6, 3, 0.5)
-    assert operation(mask, backend, padding=1)(images((2, 8, 5, 5), layout), weight, bias).is_contiguous()
-
-
 def test_autocast(images, gradients):
     weight, bias, mask = make(2, 8, 6, 3, 0.5)
     tensors = [images((2, 8, 6, 6)), weight, bias]
@@ -157,68 +137,6 @@ def test_autocast(images, gradients):
     assert [t.dtype for t in actual] == [torch.bfloat16, *[torch.float32] * 3]
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own looking
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("n", [0, 2])
-def test_registration(backend: str, grad: bool, n: int, images):
-    weight, bias, mask = make(n, 5, 7, 3, 0.5)
-    x = images((n, 5, 4, 6), "channels_last")
-    tensors = [t.requires_grad_(grad) for t in (x, weight, bias)]
-    torch.library.opcheck(torch.ops.gatedkernels.conv_out.default, (*tensors, *gk.plan(mask), *GEOMETRY, grad, backend))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(dynamic: bool, images, gradients):
-    torch._dynamo.reset()
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-        return gk.conv_out(x, weight, bias, *gk.plan(mask), padding=1, stride=2, relu=True)
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for n in (2, 3):
-        weight, bias, mask = make(n, 5, 6, 3, 0.5)
-        tensors = [images((n, 5, 7, 6)), weight, bias]
-        expected = gradients(lambda *t, m=mask: run(*t, m), tensors)
-        actual = gradients(lambda *t, m=mask: compiled(*t, m), tensors)
-        for e, a in zip(expected, actual, strict=True):
-            torch.testing.assert_close(a, e)
-
-
-class Packing(nn.Module):
-    """The operation as a part of a model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(5, 8, 3)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return gk.conv_out(x, self.conv.weight, self.conv.bias, *gk.plan(mask), padding=1)
-
-
-def test_exported_with_any_batch(images):
-    model, batch = Packing().eval(), torch.export.Dim("batch")
-    example = images((3, 5, 7, 6)), torch.rand(3, 8) < 0.5
-    program = torch.export.export(model, example, dynamic_shapes={"x": {0: batch}, "mask": {0: batch}})
-    for n in (1, 5):
-        arguments = images((n, 5, 7, 6)), torch.rand(n, 8) < 0.5
-        torch.testing.assert_close(program.module()(*arguments), model(*arguments))
-
-
-@needs_cpu
-def test_an_explicit_backend_is_the_one(images, monkeypatch: pytest.MonkeyPatch):
-    weight, bias, mask = make(2, 5, 6, 3, 0.5)
-    for backend in ("reference", "cpu"):
-        with monkeypatch.context() as patch:
-            patch.setattr(op, "LAUNCHERS", {backend: op.LAUNCHERS[backend]})
-            operation(mask, backend, padding=1)(images((2, 5, 6, 6)), weight, bias)
-    for options in ({"padding": 0}, {"padding": 1, "stride": 3}, {"padding": 1, "dilation": 2}):
-        with pytest.raises(ValueError, match="backend 'cpu' serves"):
-            operation(mask, "cpu", **options)(images((2, 5, 6, 6)), weight, bias)
-    with pytest.raises(ValueError, match=r"backend 'cpu' computes in torch\.float32, got x of torch\.float64"):
-        operation(mask, "cpu", padding=1)(images((2, 5, 6, 6)).double(), weight.double(), bias.double())
 
 
 X, WEIGHT, BIAS = torch.zeros(2, 4, 5, 5), torch.zeros(6, 4, 3, 3), torch.zeros(6)
@@ -248,13 +166,3 @@ INDEX, COUNT = torch.arange(6, dtype=torch.int32).repeat(2, 1), torch.full((2,),
 def test_errors(change: dict[str, Any], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         gk.conv_out(**{"x": X, "weight": WEIGHT, "bias": BIAS, "index": INDEX, "count": COUNT, **change})
-
-
-BROKEN = [(INDEX + 6, COUNT), (INDEX - 7, COUNT), (INDEX, COUNT + 4), (INDEX, -COUNT)]
-
-
-@needs_cpu
-@pytest.mark.parametrize(("index", "count"), BROKEN)
-def test_a_broken_plan_reads_no_foreign_memory(index: Tensor, count: Tensor):
-    with pytest.raises(RuntimeError, match=r"count must lie between|index must name channels"):
-        gk.conv_out(X, WEIGHT, BIAS, index, count, padding=1, backend="cpu")

@@ -1,22 +1,18 @@
 """The operation ``gated_conv2d``: its reference against the definition, its kernels against the reference."""
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d
 
 import gatedkernels as gk
-from gatedkernels import _extension, policy
-from gatedkernels.ops.gated_conv2d import op
+from gatedkernels import _extension
 
 # N, C, K, H, W, side of the window, stride: what the CPU kernels serve
 SHAPES = [
@@ -41,7 +37,6 @@ GENERAL = {
     "uneven": (4, 5, (2, 3), {"stride": (1, 3), "padding": (2, 0), "dilation": (3, 2)}),
     "unpadded": (5, 4, (3, 3), {}),
 }
-GEOMETRY = ((1, 1), (1, 1), (1, 1))
 
 needs_cpu = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
 BACKENDS = ["reference", "dense", pytest.param("cpu", marks=needs_cpu)]
@@ -62,10 +57,6 @@ def where(mask: Tensor | None, x: Tensor) -> Tensor:
 def definition(in_mask: Tensor | None, out_mask: Tensor | None, **options: Any) -> Callable[..., Tensor]:
     """The masked convolution as anybody would write it, with the gradients that autograd finds."""
     return lambda x, w, b: where(out_mask, conv2d(where(in_mask, x), w, b, **options))
-
-
-def forbid(*_: object) -> Tensor:
-    raise AssertionError("the wrong implementation was called")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -397,202 +388,3 @@ def test_memory_format_is_a_function_of_the_input_alone(
         y = gk.gated_conv2d(*fakes, padding=1)
     assert y.shape == expected.shape
     assert significant_strides(y) == significant_strides(expected)
-
-
-# -- the operator ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own looking
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
-@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("case", ["both masks", "no masks", "channels last", "empty batch"])
-def test_registration(backend: str, grad: bool, case: str, images):
-    n = 0 if case == "empty batch" else 2
-    x = images((n, 5, 4, 6), "channels_last" if case == "channels last" else "contiguous").requires_grad_(grad)
-    weight, bias = (t.requires_grad_(grad) for t in make_weights(7, 5, 3, 3))
-    masks = (None, None) if case == "no masks" else (make_mask(n, 5, 0.5), make_mask(n, 7, 0.5))
-    torch.library.opcheck(
-        torch.ops.gatedkernels.gated_conv2d.default,
-        (x, weight, bias, *masks, *GEOMETRY, 1, case == "channels last", backend, 0.6),
-    )
-
-
-@pytest.mark.parametrize("output_mask", [(True, True, True), (False, True, False)], ids=str)
-def test_registration_of_the_backward(output_mask: tuple[bool, ...], images):
-    x, (weight, _) = images((2, 5, 4, 6)), make_weights(7, 5, 3, 3)
-    torch.library.opcheck(
-        torch.ops.gatedkernels.gated_conv2d_backward.default,
-        (torch.randn(2, 7, 4, 6), x, weight, make_mask(2, 5, 0.5), make_mask(2, 7, 0.5), *GEOMETRY, 1, False,
-         list(output_mask), "reference", 1.0),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(backend: str, dynamic: bool, images, gradients):
-    torch._dynamo.reset()
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor, in_mask: Tensor, out_mask: Tensor) -> Tensor:
-        y = gk.gated_conv2d(x, weight, bias, in_mask, out_mask, stride=2, padding=1, group=2, backend=backend)
-        return y.relu()
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    weight, bias = make_weights(8, 6, 3, 3)
-    for n, form in ((2, "contiguous"), (3, "channels_last")):
-        x, masks = images((n, 6, 5, 7), form), (make_mask(n, 3, 0.5), make_mask(n, 4, 0.5))
-        expected = gradients(lambda *t, m=masks: run(*t, *m), [x, weight, bias])
-        actual = gradients(lambda *t, m=masks: compiled(*t, *m), [x, weight, bias])
-        for e, a in zip(expected, actual, strict=True):
-            torch.testing.assert_close(a, e)
-            assert a.stride() == e.stride()
-
-
-def test_compiled_call_comes_first(tmp_path: Path):
-    code = """
-import torch
-import gatedkernels as gk
-x, weight, mask = torch.randn(2, 4, 5, 5), torch.randn(8, 4, 3, 3), torch.rand(2, 8) < 0.5
-run = lambda x, w: gk.gated_conv2d(x, w, None, None, mask, padding=1)
-compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(x, weight)
-torch.testing.assert_close(compiled, run(x, weight))
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
-
-
-class Masked(nn.Module):
-    """The operation as a part of a model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(6, 8, 3)
-
-    def forward(self, x: Tensor, in_mask: Tensor, out_mask: Tensor) -> Tensor:
-        return gk.gated_conv2d(x, self.conv.weight, self.conv.bias, in_mask, out_mask, padding=1)
-
-
-@pytest.mark.parametrize("form", ["contiguous", "channels_last"])
-def test_exported_with_any_batch(form: str, images):
-    model = Masked().eval()
-
-    def arguments(n: int) -> tuple[Tensor, ...]:
-        return images((n, 6, 5, 7), form), torch.rand(n, 6) < 0.5, torch.rand(n, 8) < 0.5
-
-    batch = torch.export.Dim("batch")
-    shapes = {name: {0: batch} for name in ("x", "in_mask", "out_mask")}
-    program = torch.export.export(model, arguments(3), dynamic_shapes=shapes)
-    for n in (1, 2, 7):
-        given_ = arguments(n)
-        actual, expected = program.module()(*given_), model(*given_)
-        torch.testing.assert_close(actual, expected)
-        assert actual.stride() == expected.stride()
-
-
-# -- choice of the implementation --------------------------------------------------------------------------------------
-
-
-@needs_cpu
-@pytest.mark.parametrize(("density", "unused"), [(0.3, "dense"), (1.0, "cpu")])
-def test_auto_compares_the_density(density: float, unused: str, images, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(op.LAUNCHERS, unused, forbid)
-    monkeypatch.setattr(policy, "choose", lambda *_, **__: policy.Choice("cpu", 0.7))
-    x, (weight, bias) = images((2, 32, 6, 6)), make_weights(32, 32, 3, 3)
-    mask = torch.arange(32).expand(2, 32) < 32 * density
-    y = gk.gated_conv2d(x, weight, bias, None, mask, padding=1)
-    torch.testing.assert_close(y, definition(None, mask, padding=1)(x, weight, bias), rtol=1e-4, atol=1e-4)
-
-
-@needs_cpu
-@pytest.mark.parametrize("density", [0.3, 1.0])
-@pytest.mark.parametrize("backend", ["reference", "dense", "cpu"])
-def test_an_explicit_backend_is_the_one(backend: str, density: float, images, monkeypatch: pytest.MonkeyPatch):
-    for other in {"reference", "dense", "cpu"} - {backend}:
-        monkeypatch.setitem(op.LAUNCHERS, other, forbid)
-    weight, bias = make_weights(8, 8, 3, 3)
-    gk.gated_conv2d(images((2, 8, 6, 6)), weight, bias, make_mask(2, 8, density), padding=1, backend=backend)
-
-
-def test_choice_looks_at_static_facts_only():
-    x, weight = torch.empty(2, 8, 4, 4, device="meta"), torch.empty(8, 8, 3, 3, device="meta")
-    assert policy.choose("conv_out", x, weight, *GEOMETRY, 1).backend == "dense"
-    assert gk.gated_conv2d(x, weight, padding=1).is_meta
-
-
-@needs_cpu
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dtype": torch.float64}, r"computes in torch\.float32, got x of torch\.float64"),
-        ({"dtype": torch.bfloat16}, r"got x of torch\.bfloat16"),
-        ({"padding": 0}, r"serves 3x3 filters with padding 1 .* got \(3, 3\) with padding \(0, 0\)"),
-        ({"size": (5, 5), "padding": 2}, r"got \(5, 5\)"),
-        ({"stride": 3}, r"serves strides 1 and 2, got \(3, 3\)"),
-        ({"stride": (1, 2)}, r"serves strides 1 and 2, got \(1, 2\)"),
-        ({"dilation": 2}, r"got dilation \(2, 2\)"),
-        ({"groups": 2}, "groups 2"),
-    ],
-)
-def test_the_cpu_backend_says_what_it_does_not_serve(change: dict[str, Any], message: str):
-    options = {"dtype": torch.float32, "size": (3, 3), "padding": 1, "groups": 1, **change}
-    dtype, size = options.pop("dtype"), options.pop("size")
-    x, (weight, bias) = torch.randn(2, 4, 9, 9).to(dtype), make_weights(4, 4 // options["groups"], *size, dtype=dtype)
-    with pytest.raises(ValueError, match=f"backend 'cpu' .*{message}"):
-        gk.gated_conv2d(x, weight, bias, backend="cpu", **options)
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-X, WEIGHT, BIAS = torch.zeros(2, 4, 5, 5), torch.zeros(6, 4, 3, 3), torch.zeros(6)
-MASK = torch.ones(2, 4, dtype=torch.bool)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
-        ({"x": X[0]}, ValueError, r"x must have shape \(N, C, H, W\), got \(4, 5, 5\)"),
-        ({"x": X.int()}, TypeError, r"x must have a dtype of .*, got torch\.int32"),
-        ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
-        ({"weight": WEIGHT[0]}, ValueError, r"weight must have shape \(K, C / groups, R, S\), got \(4, 3, 3\)"),
-        ({"weight": WEIGHT[:, :3]}, ValueError, r"weight must have shape \(6, 4, 3, 3\), got \(6, 3, 3, 3\)"),
-        ({"weight": WEIGHT.double()}, TypeError, r"weight must have the dtype of x, .*float32, got torch\.float64"),
-        ({"weight": WEIGHT.to("meta")}, ValueError, "weight must be on the device of x, cpu, got meta"),
-        ({"x": X.bfloat16()}, TypeError, r"weight must have the dtype of x, torch\.bfloat16"),
-        ({"bias": 1.0}, TypeError, "bias must be a tensor, got float"),
-        ({"bias": BIAS[:5]}, ValueError, r"bias must have shape \(6,\), got \(5,\)"),
-        ({"bias": BIAS.half()}, TypeError, r"bias must have the dtype of x, torch\.float32, got torch\.float16"),
-        ({"bias": BIAS.to("meta")}, ValueError, "bias must be on the device of x"),
-        ({"in_mask": MASK.float()}, TypeError, r"in_mask must have dtype torch\.bool, got torch\.float32"),
-        ({"in_mask": [[True]]}, TypeError, "in_mask must be a tensor, got list"),
-        ({"in_mask": MASK[:1]}, ValueError, r"in_mask must have shape \(2, 4\), got \(1, 4\)"),
-        ({"in_mask": MASK.to("meta")}, ValueError, "in_mask must be on the device of x"),
-        ({"out_mask": MASK}, ValueError, r"out_mask must have shape \(2, 6\), got \(2, 4\)"),
-        ({"out_mask": torch.ones(2, 6, dtype=torch.int64)}, TypeError, r"out_mask must have dtype torch\.bool"),
-        ({"in_mask": MASK, "group": 3}, ValueError, "group must divide the 4 channels that in_mask decides on, got 3"),
-        ({"in_mask": MASK, "group": 2}, ValueError, r"in_mask must have shape \(2, 2\), got \(2, 4\)"),
-        ({"in_mask": MASK, "group": 0}, ValueError, "group must divide"),
-        ({"in_mask": MASK, "group": "2"}, TypeError, "group must be an int, got '2'"),
-        ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
-        ({"stride": 1.5}, TypeError, r"stride must be an int or two ints, got 1\.5"),
-        ({"stride": (1, 1, 1)}, TypeError, "stride must be an int or two ints"),
-        ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
-        ({"padding": "same"}, TypeError, "padding must be an int or two ints, got 'same'"),
-        ({"dilation": (1, 0)}, ValueError, r"dilation must be at least 1, got \(1, 0\)"),
-        ({"groups": 0}, ValueError, "groups must divide 4 and 6 channels, got 0"),
-        ({"groups": 4}, ValueError, "groups must divide 4 and 6 channels, got 4"),
-        ({"groups": 1.0}, TypeError, r"groups must be an int, got 1\.0"),
-        ({"x": X[..., :2]}, ValueError, r"x must be at least as large as the window \(3, 3\), got \(2, 4, 5, 2\)"),
-        ({"x": X[..., :0]}, ValueError, "x must be at least as large as the window"),
-        ({"backend": "fast"}, ValueError, "backend must be one of auto, reference, .*cuda, got 'fast'"),
-        ({"backend": "triton"}, ValueError, "backend must be one of auto, .* for this operation, got 'triton'"),
-    ],
-)  # fmt: skip
-def test_errors(change: dict[str, Any], error: type[Exception], message: str):
-    arguments = {"x": X, "weight": WEIGHT, "bias": BIAS, **change}
-    with pytest.raises(error, match=message):
-        gk.gated_conv2d(**arguments)
-
-
-@pytest.mark.skipif(_extension.CUDA_ERROR is None, reason="the CUDA library is here")
-def test_the_cuda_backend_says_why_it_is_absent():
-    with pytest.raises(ValueError, match="backend 'cuda' is not available: "):
-        gk.gated_conv2d(X, WEIGHT, BIAS, backend="cuda")

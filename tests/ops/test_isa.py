@@ -1,4 +1,8 @@
-"""Every instruction set that this processor has computes the same; GATEDKERNELS_ISA caps the choice."""
+"""Every instruction set that this processor has computes the same, and reads what it was given.
+
+GATEDKERNELS_ISA caps the choice. The sweeps run in processes of their own: the set is chosen once in each, and a read
+from forbidden memory ends it.
+"""
 
 import os
 import subprocess
@@ -12,23 +16,44 @@ from gatedkernels import _extension
 
 pytestmark = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
 
-
 # What PyTorch calls a processor's best set, and the sets that it then has
 SETS = {"AVX512": {"avx512", "avx2", "portable"}, "AVX2": {"avx2", "portable"}}
 
 
-@pytest.mark.parametrize("cap", ["avx512", "avx2", "portable"])
-def test_every_instruction_set(cap: str, tmp_path: Path):
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def cap(request: pytest.FixtureRequest) -> str:
     capability = torch.backends.cpu.get_cpu_capability()
-    if cap not in SETS.get(capability, {"portable"}):
+    if request.param not in SETS.get(capability, {"portable"}):
         pytest.skip(f"this processor has {capability}")
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("isa_sweep.py")],
+    return request.param
+
+
+def sweep(script: str, folder: Path, *arguments: str, cap: str = "avx512") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, Path(__file__).with_name(script), *arguments],
         env={**os.environ, "GATEDKERNELS_ISA": cap},
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_every_instruction_set(cap: str, tmp_path: Path):
+    done = sweep("isa_sweep.py", tmp_path, cap=cap)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [cap]
+
+
+def test_nothing_is_read_beyond_the_inputs(cap: str, tmp_path: Path):
+    done = sweep("guard_sweep.py", tmp_path, cap=cap)
+    *cases, last = done.stdout.splitlines() or [""]
+    assert done.returncode == 0, f"ended by {done.returncode} in {last}\n{done.stderr}"
+    assert last == "whole"
+    assert len({case.split()[0] for case in cases}) == 8  # every operator of the CPU library
+
+
+def test_the_guard_would_notice(tmp_path: Path):
+    done = sweep("guard_sweep.py", tmp_path, "overread")
+    assert done.returncode != 0
+    assert done.stdout.split() == ["overread"]

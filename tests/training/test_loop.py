@@ -10,7 +10,7 @@ import torch
 
 from gatedkernels.training import loop
 from gatedkernels.training.config import TrainConfig
-from gatedkernels.training.errors import RunError, TrainingError
+from gatedkernels.training.errors import DataError, RunError, TrainingError
 from gatedkernels.training.metrics_log import MetricsLog, read_metrics
 from gatedkernels.training.recipes import make_config
 from gatedkernels.training.run import train_run
@@ -147,24 +147,27 @@ def test_mixed_precision(tmp_path: Path, finished: Path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"device": "cuda"}, "device must be available, got cuda where torch finds no GPU"),
-        ({"precision": "16-mixed"}, "precision must be 32 or bf16-mixed on a CPU, got 16-mixed"),
+        ({"device": "cuda"}, TrainingError, "device must be available, got cuda where torch finds no GPU"),
+        ({"precision": "16-mixed"}, TrainingError, "precision must be 32 or bf16-mixed on a CPU, got 16-mixed"),
+        ({"data": "cifar10"}, DataError, "data_dir must name the folder of the cifar10 images, got None"),
+        ({"batch_size": 64}, DataError, "batch_size must be at most the 32 training images, got 64"),
+        (
+            {"gate_group": 3},
+            TrainingError,
+            "width and gate_group must describe a network: .*group=3, got 4",
+        ),
     ],
-    ids=["device", "precision"],
+    ids=["device", "precision", "data", "too few images", "network"],
 )
-def test_what_the_machine_lacks_is_refused(
-    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_start_leaves_no_folder(
+    options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(error, match=message):
         train_run(small(**options), tmp_path / "run", progress=False)
-
-
-def test_too_few_images(tmp_path: Path):
-    with pytest.raises(ValueError, match="batch_size must be at most the 32 training images, got 64"):
-        train_run(small(batch_size=64), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_learning_rate_is_logged(finished: Path):

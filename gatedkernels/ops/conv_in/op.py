@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
-from gatedkernels.ops._backends import Backend, require
+from gatedkernels.ops._backends import Backend, cpu_or_reference
 from gatedkernels.ops.conv_in.reference import conv_in_reference
 from gatedkernels.ops.plan.reference import mask_of, pack, unpack
 
@@ -118,17 +118,8 @@ def conv_in(
     packed, weight, bias = arguments.autocast(packed, weight, bias)  # type: ignore[assignment]
     arguments.check_weight("weight", weight, "bias", bias, packed.shape[1], 1, packed)
     arguments.check_plan(index, count, packed.shape[1], packed)
-    geometry = (
-        arguments.pair("stride", stride, 1),
-        arguments.pair("padding", padding, 0),
-        arguments.pair("dilation", dilation, 1),
-    )
-    arguments.check_fits(packed, weight, *geometry)
-    if backend == "auto":
-        served = "reference" if policy.cpu_problem(packed, weight, *geometry, 1) else "cpu"
-    else:
-        require(backend, LAUNCHERS, packed)
-        served = backend
+    geometry = arguments.geometry(packed, weight, stride, padding, dilation)
+    served = cpu_or_reference(backend, LAUNCHERS, packed, weight, *geometry)
     return torch.ops.gatedkernels.conv_in.default(
         packed, weight, bias, index, count, *geometry, dense_input_grad, served
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
-from gatedkernels.ops._backends import Backend, require
+from gatedkernels.ops._backends import Backend, cpu_or_reference
 from gatedkernels.ops.conv_out.reference import conv_out_reference
 from gatedkernels.ops.plan.reference import mask_of, unpack
 
@@ -117,15 +117,6 @@ def conv_out(
     x, weight, bias = arguments.autocast(x, weight, bias)  # type: ignore[assignment]
     arguments.check_weight("weight", weight, "bias", bias, x.shape[1], 1, x)
     arguments.check_plan(index, count, weight.shape[0], x)
-    geometry = (
-        arguments.pair("stride", stride, 1),
-        arguments.pair("padding", padding, 0),
-        arguments.pair("dilation", dilation, 1),
-    )
-    arguments.check_fits(x, weight, *geometry)
-    if backend == "auto":
-        served = "reference" if policy.cpu_problem(x, weight, *geometry, 1) else "cpu"
-    else:
-        require(backend, LAUNCHERS, x)
-        served = backend
+    geometry = arguments.geometry(x, weight, stride, padding, dilation)
+    served = cpu_or_reference(backend, LAUNCHERS, x, weight, *geometry)
     return torch.ops.gatedkernels.conv_out.default(x, weight, bias, index, count, *geometry, relu, served)

@@ -282,12 +282,7 @@ def gated_conv2d(
     arguments.check_images("x", x)
     x, weight, bias = arguments.autocast(x, weight, bias)  # type: ignore[assignment]
     arguments.check_weight("weight", weight, "bias", bias, x.shape[1], groups, x)
-    geometry = (
-        arguments.pair("stride", stride, 1),
-        arguments.pair("padding", padding, 0),
-        arguments.pair("dilation", dilation, 1),
-    )
-    arguments.check_fits(x, weight, *geometry)
+    geometry = arguments.geometry(x, weight, stride, padding, dilation)
     in_mask = arguments.expand_mask("in_mask", in_mask, x.shape[1], group, x)
     out_mask = arguments.expand_mask("out_mask", out_mask, weight.shape[0], group, x)
     if backend == "auto" and in_mask is None and out_mask is None:

@@ -1,0 +1,117 @@
+"""Calls every CPU operator on tensors that touch forbidden memory; started by test_isa.py.
+
+Every input lies at the very end of its memory, before a page that must not be read, or at the very beginning, after
+one: reading beyond it ends the process. Before each call its case is printed. Fetching ahead does not count: it faults
+nowhere.
+
+With the argument "overread" a tensor is read one element beyond its end, which must end the process.
+"""
+
+import ctypes
+import itertools
+import mmap
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gatedkernels as gk
+from gatedkernels import _extension
+from gatedkernels.ops.packed import pack_blocks, pack_rows
+
+PAGE = mmap.PAGESIZE
+PROT_NONE = 0
+# N, C, K, H, W: channels around the lanes and blocks of every set, images around its tiles; and filters so large that
+# they are walked in slices
+SIZES = [
+    (1, 1, 1, 1, 1), (2, 3, 33, 5, 17), (2, 16, 32, 4, 4), (3, 31, 20, 7, 3), (1, 37, 70, 3, 9), (2, 65, 5, 2, 11),
+    (1, 8, 31, 1, 13), (5, 24, 17, 13, 1), (2, 9, 64, 4, 6), (1, 40, 1, 3, 35), (2, 63, 95, 6, 14), (1, 130, 129, 2, 2),
+    (20, 300, 40, 3, 3),
+]  # fmt: skip
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+
+ops = torch.ops.gatedkernels
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+
+
+def guard(tensor: Tensor, at_end: bool) -> Tensor:
+    """A copy of a dense tensor, of the same strides, that ends where a forbidden page begins, or begins behind one."""
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return tensor
+    room = -(-size // PAGE) * PAGE
+    memory = mmap.mmap(-1, room + 2 * PAGE)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (begin, begin + PAGE + room):
+        if libc.mprotect(page, PAGE, PROT_NONE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = PAGE + room - size if at_end else PAGE
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def check(name: str, *arguments: Any) -> None:
+    """Call an operator on guarded tensors; elsewhere in memory the result is the same."""
+    expected = getattr(ops, name)(*arguments)
+    for at_end in (True, False):
+        shapes = [(tuple(a.shape), a.stride()) if isinstance(a, Tensor) else a for a in arguments]
+        print(name, "end" if at_end else "begin", *shapes, flush=True)
+        guarded = [guard(a, at_end) if isinstance(a, Tensor) else a for a in arguments]
+        actual = getattr(ops, name)(*guarded)
+        for a, e in zip(*((r if isinstance(r, tuple) else (r,)) for r in (actual, expected)), strict=True):
+            assert torch.equal(a, e), name
+
+
+def check_convolutions(
+    n: int, c: int, k: int, h: int, w: int, side: int, stride: int, form: str, density: float
+) -> None:
+    """The operators of one convolution."""
+    x = torch.randn(n, c, h, w).contiguous(memory_format=FORMATS[form])
+    weight, bias = torch.randn(k, c, side, side), torch.randn(k)
+    in_mask, out_mask = torch.rand(n, c) < density, torch.rand(n, k) < density
+    in_plan, out_plan = gk.plan(in_mask), gk.plan(out_mask)
+    residual = torch.randn(n, k, (h - 1) // stride + 1, (w - 1) // stride + 1).contiguous(memory_format=FORMATS[form])
+    for filters in (weight, weight.contiguous(memory_format=torch.channels_last)):
+        check("conv_out_cpu", x, filters, bias, *out_plan, stride, True)
+        check("conv_in_cpu", x, filters, bias, *in_plan, stride)
+        for masks in ((None, None), (in_mask, None), (None, out_mask), (in_mask, out_mask)):
+            check("gated_conv2d_cpu", x, filters, bias, *masks, stride)
+    blocks = pack_blocks(weight)
+    for masks in ((None, None), (in_mask, None), (None, out_mask), (in_mask, out_mask)):
+        check("packed_conv2d", x, blocks, bias, *masks, residual, k, stride, True)
+
+
+def check_blocks(n: int, c: int, k: int, h: int, w: int, stride: int, form: str, density: float) -> None:
+    """The operators of a gated block."""
+    m = c + 2
+    x = torch.randn(n, c, h, w).contiguous(memory_format=FORMATS[form])
+    weight1, bias1, weight2, bias2 = torch.randn(m, c, 3, 3), torch.randn(m), torch.randn(k, m, 3, 3), torch.randn(k)
+    mask = torch.rand(n, m) < density
+    residual = torch.randn(n, k, (h - 1) // stride + 1, (w - 1) // stride + 1).contiguous(memory_format=FORMATS[form])
+    for rest in (residual, None):
+        check("gated_block_cpu", x, weight1, bias1, weight2, bias2, mask, rest, stride)
+        check("packed_block", x, pack_rows(weight1), bias1, pack_blocks(weight2), bias2, mask, rest, stride)
+
+
+def main() -> None:
+    """Sweep over sizes, strides, layouts and densities."""
+    assert _extension.CPU_ERROR is None, _extension.CPU_ERROR
+    torch.manual_seed(0)
+    if sys.argv[1:] == ["overread"]:
+        print("overread", flush=True)
+        ctypes.string_at(guard(torch.ones(3), at_end=True).data_ptr(), 13)
+    for (n, c, k, h, w), form in itertools.product(SIZES, FORMATS):
+        x = torch.randn(n, c, h, w).contiguous(memory_format=FORMATS[form])
+        check("channel_gate", x, torch.randn(k, c), torch.randn(k), torch.randn(c, k), torch.randn(c))
+        for stride, density in itertools.product((1, 2), (0.0, 0.5, 1.0)):
+            check("plan_cpu", torch.rand(n, c) < density)
+            for side in (1, 3):
+                check_convolutions(n, c, k, h, w, side, stride, form, density)
+            check_blocks(n, c, k, h, w, stride, form, density)
+    print("whole")
+
+
+if __name__ == "__main__":
+    main()
