@@ -32,6 +32,7 @@ SCHEMAS = (
     " Tensor mask, Tensor? residual, SymInt stride) -> Tensor",
     "packed_conv2d(Tensor x, Tensor weight, Tensor bias, Tensor? in_mask, Tensor? out_mask, Tensor? residual,"
     " SymInt out_channels, SymInt stride, bool relu) -> Tensor",
+    "packed_stem(Tensor x, Tensor weight, Tensor bias, SymInt stride, SymInt padding, bool relu, bool pool) -> Tensor",
 )
 
 

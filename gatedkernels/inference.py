@@ -9,17 +9,25 @@ from torch import Tensor, nn
 
 from gatedkernels.nn import Branch, GatedBasicBlock, GatedBottleneck, GatedConv2d, check_branch
 from gatedkernels.nn.packed import Packed, PackedBasicBlock, PackedBottleneck, PackedConv2d, PackedGatedConv2d
+from gatedkernels.nn.packed_stem import PackedStem
 
 
 def _fold_outside(model: nn.Module) -> None:
-    """Fold the convolutions outside the blocks that the model names in ``foldable``."""
-    for conv_name, norm_name, activation_name in getattr(model, "foldable", ()):
-        conv, norm, activation = (getattr(model, name) for name in (conv_name, norm_name, activation_name))
+    """Fold what the model names in ``foldable``: the convolution before its blocks, and what follows it."""
+    for names in getattr(model, "foldable", ()):
+        conv, norm, activation, pool = (getattr(model, name) for name in names)
         is_relu = isinstance(activation, nn.ReLU)
-        setattr(model, conv_name, PackedConv2d(conv, norm, relu=is_relu))
-        setattr(model, norm_name, nn.Identity())
-        if is_relu:
-            setattr(model, activation_name, nn.Identity())
+        folded = dict(zip(names, (False, True, is_relu, False), strict=True))
+        if PackedStem.serves(conv):
+            pools = PackedStem.pools(pool) and (is_relu or isinstance(activation, nn.Identity))
+            folded[names[3]] = pools
+            packed: Packed = PackedStem(conv, norm, relu=is_relu, pool=pools)
+        else:
+            packed = PackedConv2d(conv, norm, relu=is_relu)
+        setattr(model, names[0], packed)
+        for name, is_folded in folded.items():
+            if is_folded:
+                setattr(model, name, nn.Identity())
 
 
 PACKERS: dict[type[nn.Module], Callable[[Any, Branch], Packed]] = {

@@ -38,8 +38,8 @@ class GatedResNet(nn.Module):
         ValueError: If the stem does not exist, a size is out of range, or ``group`` does not divide a width.
     """
 
-    # Convolution, normalisation and activation outside the blocks, for `optimize` to fold into one.
-    foldable: ClassVar[tuple[tuple[str, str, str], ...]] = (("conv1", "bn1", "relu"),)
+    # Convolution, normalisation, activation and pooling before the blocks, for `optimize` to fold into one.
+    foldable: ClassVar[tuple[tuple[str, str, str, str], ...]] = (("conv1", "bn1", "relu", "maxpool"),)
     default_branch: Branch = "gated"  # an optimised copy serves one branch, and it may be the other
 
     def __init__(

@@ -74,7 +74,7 @@ class PackedGate(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""
-        _check_images(x, self.shapes[0].in_channels, self.weight1)
+        check_images(x, self.shapes[0].in_channels, self.weight1)
         if _is_native(x):
             return _ops.channel_gate(x, *map(self._buffers.__getitem__, _WEIGHTS))
         hidden = nn.functional.linear(x.mean((2, 3)), self.weight1, self.bias1).relu()
@@ -121,7 +121,7 @@ class PackedConv2d(Packed):
     ) -> Tensor:
         """Convolve; ``in_mask`` and ``out_mask``, bool, shape (N, channels), close channels."""
         shape = self.shape
-        _check_images(x, shape.in_channels, self.weight)
+        check_images(x, shape.in_channels, self.weight)
         if self.is_packed and _is_native(x):
             if self.extra_padding:
                 x = pad(x, (self.extra_padding,) * 4)
@@ -161,7 +161,7 @@ class PackedGatedConv2d(Packed):
     def forward(self, x: Tensor, in_mask: Tensor | None = None, out_mask: Tensor | None = None) -> Tensor:
         """Compute the open output channels from the open input channels; masks are those of `GatedConv2d`."""
         shape = self.shape
-        _check_images(x, shape.in_channels, self.weight)
+        check_images(x, shape.in_channels, self.weight)
         if out_mask is None and self.gate is not None:
             out_mask = self.gate(x)
         if in_mask is None and out_mask is None:
@@ -270,7 +270,7 @@ class PackedBasicBlock(PackedResidual):
     ) -> Tensor | tuple[Tensor, Gate | None]:
         """Run the block; arguments and result are those of `GatedBasicBlock`."""
         shape = self.shapes[0]
-        _check_images(x, shape.in_channels, self.weight1)
+        check_images(x, shape.in_channels, self.weight1)
         if mask is not None or branch is not None:
             self._check(x, branch, (mask,))
         if mask is None:
@@ -315,7 +315,7 @@ class PackedBottleneck(PackedResidual):
         return_gate: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Gate | None, Gate | None]]:
         """Run the block; arguments and result are those of `GatedBottleneck`."""
-        _check_images(x, self.shapes[0].in_channels, self.weight1)
+        check_images(x, self.shapes[0].in_channels, self.weight1)
         if mask is not None and (not isinstance(mask, tuple) or len(mask) != 2):
             raise TypeError(f"mask must be a pair, one for each gate, got {type(mask).__name__}")
         brought = mask or (None, None)
@@ -335,7 +335,7 @@ def _is_native(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
-def _check_images(x: Tensor, channels: int, weight: Tensor) -> None:
+def check_images(x: Tensor, channels: int, weight: Tensor) -> None:
     """Refuse what the kernels would misread; the operators themselves check no more than invariants."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")

@@ -1,8 +1,8 @@
 """The operators behind `optimize`: weights in the kernels' own layouts, as ordinary tensors.
 
-Two layouts of filters (K, C, S, S): rows, (K, S, S, C), which is the channels-last layout of the same filters, and
-blocks, (ceil(K / 32), C, S, S, 32), zeros where K ends. The CPU library computes from them in float32; elsewhere the
-definitions below serve, from the same tensors.
+Layouts of filters (K, C, S, S): rows, (K, S, S, C), which is the channels-last layout of the same filters; blocks,
+(ceil(K / 32), C, S, S, 32), zeros where K ends; and for a network's first layer (ceil(K / 32), S, S * C, 32). The CPU
+library computes from them in float32; elsewhere the definitions below serve, from the same tensors.
 
 3 x 3 filters may come a second time, transformed for Winograd's minimal filtering F(2 x 2, 3 x 3) (Lavin and Gray,
 2016, section 4.1), as rows (K, 16 C + 16) and as blocks (ceil(K / 32), 16, C, 32): the library then computes from
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, linear, pad
+from torch.nn.functional import conv2d, linear, max_pool2d, pad
 
 from gatedkernels import _extension
 from gatedkernels.ops.gated_block.reference import gated_block_reference
@@ -47,6 +47,17 @@ def unpack_blocks(blocks: Tensor, out_channels: int) -> Tensor:
 _TO_TILES = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 _LEAST_TILES = 9  # as in csrc/cpu/strips.h
 _ROW_PADDING = 16  # floats at the end of each row, which keep rows out of each other's cache sets
+
+
+def pack_stem(weight: Tensor) -> Tensor:
+    """Filters (K, C, S, S) of few channels as (ceil(K / 32), S, S * C, 32): a window's row is one run of floats."""
+    return pack_blocks(weight).permute(0, 2, 3, 1, 4).flatten(2, 3).contiguous()
+
+
+def unpack_stem(packed: Tensor, out_channels: int) -> Tensor:
+    """The inverse of ``pack_stem``."""
+    side = packed.shape[1]
+    return unpack_blocks(packed.unflatten(2, (side, -1)).permute(0, 3, 1, 2, 4), out_channels)
 
 
 def worth_tiles(height: int, width: int) -> bool:
@@ -109,10 +120,17 @@ def _packed_conv2d(
     return y.contiguous(memory_format=torch.channels_last)
 
 
+def _packed_stem(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, relu: bool, pool: bool) -> Tensor:
+    y = conv2d(x, unpack_stem(weight, len(bias)), bias, stride, padding)
+    y = y.relu() if relu else y
+    return (max_pool2d(y, 3, 2, 1) if pool else y).contiguous(memory_format=torch.channels_last)
+
+
 DEFINITIONS: dict[str, Callable[..., Tensor]] = {
     "channel_gate": _channel_gate,
     "packed_block": _packed_block,
     "packed_conv2d": _packed_conv2d,
+    "packed_stem": _packed_stem,
 }
 for _name, _definition in DEFINITIONS.items():
     torch.library.impl(f"gatedkernels::{_name}", "CUDA", _definition)
@@ -147,3 +165,10 @@ def _(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride)
 @torch.library.register_fake("gatedkernels::packed_conv2d")
 def _(x, weight, bias, in_mask, out_mask, residual, out_channels, stride, relu):  # type: ignore[no-untyped-def]
     return _images(x, out_channels, stride)
+
+
+@torch.library.register_fake("gatedkernels::packed_stem")
+def _(x, weight, bias, stride, padding, relu, pool):  # type: ignore[no-untyped-def]
+    size = [(length + 2 * padding - weight.shape[1]) // stride + 1 for length in x.shape[2:]]
+    size = [(length - 1) // 2 + 1 for length in size] if pool else size
+    return x.new_empty((x.shape[0], bias.shape[0], *size)).to(memory_format=torch.channels_last)

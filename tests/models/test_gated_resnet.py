@@ -166,7 +166,7 @@ def test_stems_and_heads():
     assert cifar(torch.randn(2, 3, 16, 16)).shape == (2, cifar.num_features) == (2, 64)
     assert gated_resnet18(stem="cifar", stem_padding=1, width=0.125).conv1.padding == (1, 1)
     assert gated_resnet50(width=0.125).num_features == 256
-    assert cifar.foldable == (("conv1", "bn1", "relu"),)
+    assert cifar.foldable == (("conv1", "bn1", "relu", "maxpool"),)
 
 
 @pytest.mark.parametrize("branch", ["gated", "dense"])

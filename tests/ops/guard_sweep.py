@@ -18,7 +18,7 @@ from torch import Tensor
 
 import gatedkernels as gk
 from gatedkernels import _extension
-from gatedkernels.ops.packed import pack_blocks, pack_rows
+from gatedkernels.ops.packed import pack_blocks, pack_rows, pack_stem, pack_tile_blocks, pack_tile_rows
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -92,7 +92,18 @@ def check_blocks(n: int, c: int, k: int, h: int, w: int, stride: int, form: str,
     residual = torch.randn(n, k, (h - 1) // stride + 1, (w - 1) // stride + 1).contiguous(memory_format=FORMATS[form])
     for rest in (residual, None):
         check("gated_block_cpu", x, weight1, bias1, weight2, bias2, mask, rest, stride)
-        check("packed_block", x, pack_rows(weight1), bias1, pack_blocks(weight2), bias2, mask, rest, stride)
+        weights = pack_rows(weight1), bias1, pack_blocks(weight2), bias2
+        check("packed_block", x, *weights, None, None, mask, rest, stride)
+        tiles = pack_tile_rows(weight1) if stride == 1 else None, pack_tile_blocks(weight2)
+        check("packed_block", x, *weights, *tiles, mask, rest, stride)
+
+
+def check_stems(n: int, c: int, k: int, h: int, w: int) -> None:
+    """The first layer, whose window is padded so that it fits."""
+    x, bias = torch.randn(n, c, h, w), torch.randn(k)
+    for side, stride, pool in ((3, 1, False), (7, 2, True)):
+        weight = pack_stem(torch.randn(k, c, side, side))
+        check("packed_stem", x, weight, bias, stride, side // 2, True, pool)
 
 
 def main() -> None:
@@ -104,6 +115,7 @@ def main() -> None:
         ctypes.string_at(guard(torch.ones(3), at_end=True).data_ptr(), 13)
     for (n, c, k, h, w), form in itertools.product(SIZES, FORMATS):
         x = torch.randn(n, c, h, w).contiguous(memory_format=FORMATS[form])
+        check_stems(n, c, k, h, w)
         check("channel_gate", x, torch.randn(k, c), torch.randn(k), torch.randn(c, k), torch.randn(c))
         for stride, density in itertools.product((1, 2), (0.0, 0.5, 1.0)):
             check("plan_cpu", torch.rand(n, c) < density)

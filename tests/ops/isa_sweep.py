@@ -8,11 +8,11 @@ import itertools
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, linear
+from torch.nn.functional import conv2d, linear, max_pool2d
 
 import gatedkernels as gk
 from gatedkernels import _extension
-from gatedkernels.ops.packed import pack_blocks, pack_rows, pack_tile_blocks, pack_tile_rows
+from gatedkernels.ops.packed import pack_blocks, pack_rows, pack_stem, pack_tile_blocks, pack_tile_rows
 from gatedkernels.ops.plan.reference import pack
 
 ops = torch.ops.gatedkernels
@@ -80,6 +80,14 @@ def gates(c: int, k: int, h: int, w: int) -> None:
         assert torch.equal(mask | (logits.abs() < 1e-4), (logits >= 0) | (logits.abs() < 1e-4)), f"gate {(c, k, h, w)}"
 
 
+def stems(c: int, k: int, h: int, w: int) -> None:
+    x, weight, bias = torch.randn(3, c, h, w), torch.randn(k, c, 3, 3), torch.randn(k)
+    exact = conv2d(x.double(), weight.double(), bias.double(), 1, 1).relu()
+    check(f"packed_stem {(c, k, h, w)}", ops.packed_stem(x, pack_stem(weight), bias, 1, 1, True, False), exact)
+    pooled = ops.packed_stem(x, pack_stem(weight), bias, 1, 1, True, True)
+    check(f"packed_stem, pooled {(c, k, h, w)}", pooled, max_pool2d(exact, 3, 2, 1))
+
+
 def main() -> None:
     """Run them all."""
     torch.manual_seed(0)
@@ -91,6 +99,7 @@ def main() -> None:
         blocks(*size, stride)
     for size in SIZES:
         gates(*size)
+        stems(*size)
     name = ctypes.CDLL(str(_extension.find("_cpu"))).gatedkernels_cpu_isa
     name.restype = ctypes.c_char_p
     print(name().decode())

@@ -6,17 +6,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, linear
+from torch.nn.functional import conv2d, linear, max_pool2d
 
 from gatedkernels import _extension
 from gatedkernels.ops.packed import (
     DEFINITIONS,
     pack_blocks,
     pack_rows,
+    pack_stem,
     pack_tile_blocks,
     pack_tile_rows,
     unpack_blocks,
     unpack_rows,
+    unpack_stem,
 )
 
 ops = torch.ops.gatedkernels
@@ -57,6 +59,16 @@ def test_layouts_of_packed_weights(shape: tuple[int, ...]):
     assert torch.equal(unpack_rows(rows), weight)
     assert torch.equal(unpack_blocks(blocks, k), weight)
     assert not unpack_blocks(blocks, blocks.shape[0] * 32)[k:].any()
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 7, 7), (5, 1, 3, 3), (33, 4, 1, 1)], ids=str)
+def test_layout_of_stem_weights(shape: tuple[int, ...]):
+    weight = torch.randn(shape)
+    k, c, s, _ = shape
+    packed = pack_stem(weight)
+    assert packed.shape == (-(-k // 32), s, s * c, 32)
+    assert torch.equal(packed[0, 0, :c, 0], weight[0, :, 0, 0])
+    assert torch.equal(unpack_stem(packed, k), weight)
 
 
 def test_layouts_of_transformed_weights():
@@ -170,6 +182,43 @@ def test_packed_block_leaves_nothing_behind():
         assert torch.equal(ops.packed_block(x, *packed, tiles2, mask, None, 1), clean)
 
 
+# N, C, K, H, W, side of the window, stride, padding
+STEMS = [
+    (2, 3, 64, 32, 32, 3, 1, 1),
+    (1, 3, 70, 37, 30, 7, 2, 3),
+    (3, 1, 5, 9, 7, 3, 1, 2),
+    (2, 4, 33, 11, 13, 5, 3, 0),
+    (1, 8, 16, 5, 1, 1, 1, 0),
+    (0, 3, 8, 8, 8, 3, 1, 1),
+]
+
+
+@needs_cpu
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("shape", STEMS, ids=str)
+def test_packed_stem(shape: tuple[int, ...], pool: bool, layout: str, images, assert_within_budget):
+    n, c, k, h, w, side, stride, padding = shape
+
+    def operator(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.packed_stem(x, pack_stem(weight), bias, stride, padding, pool, pool)
+
+    def definition(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = conv2d(x, weight, bias, stride, padding)
+        return max_pool2d(y.relu(), 3, 2, 1) if pool else y
+
+    tensors = [images((n, c, h, w), layout), torch.randn(k, c, side, side), torch.randn(k)]
+    assert_agrees(operator, definition, tensors, assert_within_budget)
+
+
+@needs_cpu
+def test_packed_stem_pools_nan():
+    x = torch.randn(1, 3, 12, 12)
+    x[0, 1, 5, 5] = torch.nan
+    weight, bias = torch.randn(20, 3, 3, 3), torch.randn(20)
+    y = ops.packed_stem(x, pack_stem(weight), bias, 1, 1, False, True)
+    assert torch.equal(y.isnan(), max_pool2d(conv2d(x, weight, bias, 1, 1), 3, 2, 1).isnan())
+
+
 # N, C, K, H, W, side of the window, stride
 CONVS = [
     (2, 64, 64, 8, 8, 3, 1),
@@ -225,6 +274,7 @@ def test_definitions_serve_where_the_library_does_not(name: str, images):
         "channel_gate": (x, torch.randn(6, 8), torch.randn(6), torch.randn(9, 6), torch.randn(9)),
         "packed_block": (x, pack_rows(weight), bias, pack_blocks(weight), bias, None, None, mask, x, 1),
         "packed_conv2d": (x, pack_blocks(weight), bias, mask, ~mask, x, 8, 1, True),
+        "packed_stem": (x, pack_stem(weight), bias, 1, 1, True, True),
     }[name]
     actual, expected = getattr(ops, name)(*arguments), DEFINITIONS[name](*arguments)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

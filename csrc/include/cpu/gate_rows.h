@@ -1,4 +1,4 @@
-// The two small steps of a gate: the sum over an image's pixels, and a matrix times a vector.
+// Small steps over pixels of adjacent channels: the sum and the matrix times a vector of a gate, the maximum of pooling.
 #pragma once
 
 #include "cpu/vector.h"
@@ -22,6 +22,26 @@ struct GateRows {
     }
     for (; c < C; ++c) {
       for (int64_t p = 0; p < pixels; ++p) sum[c] += x[p * step + c];
+    }
+  }
+
+  // y[c] = the largest of some pixels' c; a NaN is the largest.
+  static void max_pixels(const float* const* pixels, int count, int64_t C, float* y) {
+    int64_t c = 0;
+    for (; c + L <= C; c += L) {
+      Vector<L> most = load<L>(pixels[0] + c);
+      for (int p = 1; p < count; ++p) {
+        const Vector<L> v = load<L>(pixels[p] + c);
+        most = ((v > most) | (v != v)) ? v : most;
+      }
+      store<L>(y + c, most);
+    }
+    for (; c < C; ++c) {
+      y[c] = pixels[0][c];
+      for (int p = 1; p < count; ++p) {
+        const float v = pixels[p][c];
+        if (v > y[c] || v != v) y[c] = v;
+      }
     }
   }
 

@@ -6,6 +6,7 @@
 #include "cpu/in_tiles.h"
 #include "cpu/out_rows.h"
 #include "cpu/out_tiles.h"
+#include "cpu/stem_rows.h"
 
 namespace gatedkernels {
 
@@ -18,7 +19,9 @@ constexpr Kernels kernels_of(const char* name) {
           Tiles<L>::from_planes,
           OutTiles<L>::run,
           InTiles<L>::run,
+          StemRows<L>::run,
           GateRows<L>::add_pixels,
+          GateRows<L>::max_pixels,
           GateRows<L>::linear};
 }
 

@@ -36,6 +36,15 @@ struct InConv {
   int turns = 0;  // after how many runs of as many blocks this thread will probably go on; 0: nobody knows
 };
 
+// The first convolution of a network: every value of a padded NHWC image of few channels to all K output channels.
+struct StemConv {
+  int C, K, S, stride, OW;
+  int64_t line;         // floats of a padded row
+  const float* weight;  // (K / kBlock, S, S * C, kBlock), zeros where K ends
+  const float* bias;
+  bool relu;
+};
+
 // The tiles of 2 x 2 output pixels of a 3 x 3 convolution of stride 1, row by row; see tiles.h.
 struct TileGrid {
   Geometry size;
@@ -95,8 +104,12 @@ struct Kernels {
                     float* planes, float* scratch);
   void (*in_tiles)(const InConv&, const TileGrid&, Strip, const Components&, const int32_t* channels, int count,
                    int block, int last, const float* residual, float* y, float* scratch);
+  // `rows` output rows, from the padded rows that they read.
+  void (*stem_rows)(const StemConv&, const float* padded, int rows, float* y);
   // sum[c] += x[p][c] over pixels of C adjacent channels, `step` floats apart.
   void (*add_pixels)(const float* x, int64_t pixels, int64_t step, int64_t C, float* sum);
+  // y[c] = the largest pixels[p][c] of `count` pixels.
+  void (*max_pixels)(const float* const* pixels, int count, int64_t C, float* y);
   // y = weight (K, C) times x, plus bias.
   void (*linear)(const float* weight, const float* bias, const float* x, int64_t C, int64_t K, float* y);
 };

@@ -1,0 +1,63 @@
+"""A network's first convolution for inference, and the pooling behind it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, max_pool2d
+
+from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
+from gatedkernels.nn.fold import fold_norm
+from gatedkernels.nn.packed import Packed, check_images
+from gatedkernels.ops.packed import pack_stem, unpack_stem
+
+_MOST_CHANNELS = 8  # beyond, the taps of one row of the window are long enough for the general kernels
+
+
+class PackedStem(Packed):
+    """A convolution of few input channels and any window, with its normalisation, its ReLU and its pooling if any."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, relu: bool, pool: bool) -> None:
+        super().__init__()
+        self.shape = ConvShape.of(conv)
+        self.relu, self.pool = relu, pool
+        weight, bias = fold_norm(conv.weight, conv.bias, norm)
+        self._keep(weight=pack_stem(weight), bias=weight.new_zeros(len(weight)) if bias is None else bias)
+        self.eval()
+
+    @staticmethod
+    def serves(conv: nn.Conv2d) -> bool:
+        """Whether a convolution is one of these."""
+        square = all(len(set(pair)) == 1 for pair in (conv.kernel_size, conv.stride, conv.padding))
+        return (
+            conv.in_channels <= _MOST_CHANNELS
+            and square
+            and conv.dilation == (1, 1)
+            and conv.groups == 1
+            and conv.weight.dtype == torch.float32
+        )
+
+    @staticmethod
+    def pools(module: nn.Module) -> bool:
+        """Whether a module pools as these do: by 3 x 3 windows of stride 2 and padding 1."""
+        if not isinstance(module, nn.MaxPool2d):
+            return False
+        numbers = [(n, n) if isinstance(n, int) else n for n in (module.kernel_size, module.stride, module.padding)]
+        plain = module.dilation in (1, (1, 1)) and not module.ceil_mode and not module.return_indices
+        return plain and numbers == [(3, 3), (2, 2), (1, 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve images (N, C, H, W)."""
+        shape, relu, pool = self.shape, self.relu, self.pool
+        check_images(x, shape.in_channels, self.weight)
+        stride, padding = shape.stride[0], shape.padding[0]
+        if x.dtype == torch.float32:
+            return torch.ops.gatedkernels.packed_stem(x, self.weight, self.bias, stride, padding, relu, pool)
+        y = conv2d(x, unpack_stem(self.weight, shape.out_channels), self.bias, stride, padding)
+        y = y.relu() if relu else y
+        return max_pool2d(y, 3, 2, 1) if pool else y
+
+    def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
+        """Cost of the convolution; see `gatedkernels.nn.flops`."""
+        return [conv_cost("", self.shape, output_size(self.shape, (input_shape[-2], input_shape[-1])))]
