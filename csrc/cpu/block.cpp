@@ -1,64 +1,12 @@
 // The gated basic block in one parallel region: conv1's active channels go into packed planes, conv2 reads them there.
-//
-// The queue holds the items of conv1 of a group of samples, then those of conv2, which wait for conv1 of their sample.
 #include <algorithm>
 #include <memory>
 
+#include "queue.h"
 #include "tensors.h"
 
 namespace gatedkernels {
 namespace {
-
-// Output rows [row, end) of one sample: of conv1's active channels [from, to) in the plan, or of conv2's blocks.
-struct Item {
-  int32_t sample, from, to, row, end;
-  bool second;
-};
-
-class Queue {
- public:
-  std::vector<Item> items;
-  std::vector<int32_t> pending;  // items of conv1, for every sample
-
-  // `operations` is what there is to do in all: items are a small share of it, so that all threads end together.
-  Queue(int64_t N, int64_t height, double operations)
-      : pending(N, 0),
-        height_(height),
-        target_(std::clamp(operations / static_cast<double>(24 * threads()), kLeastOperations, kMostOperations)) {}
-
-  // Cuts [from, to), each row of each channel or block worth `operations`, into items of a handy size. `unit` channels
-  // are best computed together. Whole images are cut by channels first, so that nobody reads another's weights; other
-  // images by rows, so that their pixels are read once.
-  void add(int64_t sample, bool second, int64_t from, int64_t to, int64_t unit, double operations, bool whole) {
-    if (from >= to) return;
-    auto fitting = [&](double each) { return static_cast<int64_t>(target_ / each); };
-    int64_t rows = height_, many = std::min(whole ? unit : 12, to - from);
-    if (whole) {
-      many *= std::max<int64_t>(1, fitting(operations * static_cast<double>(many * height_)));
-      if (operations * static_cast<double>(many * height_) > 2 * target_) {
-        rows = fitting(operations * static_cast<double>(many));
-      }
-    } else {
-      rows = fitting(operations * static_cast<double>(many));
-      if (rows >= height_) many *= rows / height_;
-    }
-    rows = std::clamp<int64_t>(rows, 1, height_);
-    if (rows > 1 && rows < height_) rows -= rows % 2;  // narrow images are computed in pairs of rows
-    for (int64_t j = from; j < to; j += many) {
-      for (int64_t row = 0; row < height_; row += rows) {
-        items.push_back({static_cast<int32_t>(sample), static_cast<int32_t>(j),
-                         static_cast<int32_t>(std::min(j + many, to)), static_cast<int32_t>(row),
-                         static_cast<int32_t>(std::min(row + rows, height_)), second});
-        pending[sample] += !second;
-      }
-    }
-  }
-
- private:
-  static constexpr double kLeastOperations = 2e5, kMostOperations = 8e6;  // about 2 and 80 microseconds of a core
-  int64_t height_;
-  double target_;
-};
 
 constexpr int64_t kCacheBytes = 1 << 19;  // weights that stay in a core's second-level cache while samples pass by
 
