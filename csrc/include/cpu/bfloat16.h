@@ -1,0 +1,103 @@
+// bfloat16 in memory, products of pairs added in float32: AVX512-BF16, so isa_avx512bf16.cpp alone includes this.
+//
+// Where 32 values widen to two vectors of float32, the first holds values 0-3, 8-11, 16-19 and 24-27 and the second the
+// others: interleaving within 128 bits is one instruction, and nothing in between depends on the order.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/kernels_bf16.h"
+#include "cpu/vector.h"
+
+namespace gatedkernels {
+
+struct BFloat16 {
+  using Element = Bf16;
+  using Operand = __m512i;
+  static constexpr int kLanes = 16;
+  static constexpr int kPaired = 2;
+  static constexpr int kChain = 1 << 30;  // what a long chain loses is far below what the result is rounded to
+
+  static GK_INLINE Operand load(const Bf16* from) { return _mm512_loadu_si512(from); }
+  static GK_INLINE Operand load_first(const Bf16* from, int count) {
+    return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, from);
+  }
+  static GK_INLINE void multiply_add(Vector<16>& sum, Operand a, Operand b) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+
+  // The same pair of values in every lane.
+  static GK_INLINE Operand spread(const Bf16* from) {
+    int32_t pair;
+    __builtin_memcpy(&pair, from, sizeof pair);
+    return _mm512_set1_epi32(pair);
+  }
+
+  // Two vectors of weights, a pair for each output channel, of two input channels.
+  static GK_INLINE void load_weights(const Bf16* const (&row)[2], int64_t offset, Operand (&w)[2]) {
+    const __m512i even = load(row[0] + offset), odd = load(row[1] + offset);
+    w[0] = _mm512_unpacklo_epi16(even, odd);
+    w[1] = _mm512_unpackhi_epi16(even, odd);
+  }
+
+  // `count` adjacent values, in the lanes of multiply_add's sums; zeros in the lanes behind them.
+  static GK_INLINE void load_pixel(const Bf16* from, int count, Vector<16> (&v)[2]) {
+    const __m512i narrow = load_first(from, count);
+    v[0] = (Vector<16>)_mm512_unpacklo_epi16(__m512i{}, narrow);
+    v[1] = (Vector<16>)_mm512_unpackhi_epi16(__m512i{}, narrow);
+  }
+
+  static GK_INLINE void store_pixel(Bf16* to, int count, const Vector<16> (&v)[2]) {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]);
+    const __m512i narrow = __builtin_shufflevector(halves, halves, 0, 4, 1, 5, 2, 6, 3, 7);
+    if (count >= 32) {
+      _mm512_storeu_si512(to, narrow);
+    } else {
+      _mm512_mask_storeu_epi16(to, (1u << count) - 1, narrow);
+    }
+  }
+
+  // The end of a row of P pixels of T output channels: sums over the lanes, at `at` in the planes of each pair.
+  template <int P, int T>
+  static GK_INLINE void store_planes(const Vector<16> (&sum)[P][T], const OutConvOf<Bf16>& conv,
+                                     const int32_t* channels, Bf16* planes, int64_t at) {
+#pragma GCC unroll 2
+    for (int t = 0; t < T; t += 2) {
+      Bf16* to = planes + t / 2 * conv.plane + 2 * at;
+      const bool both = t + 1 < T;
+      const float even = conv.bias ? widened(conv.bias[channels[t]]) : 0.0f;
+      const float odd = conv.bias && both ? widened(conv.bias[channels[t + 1 < T ? t + 1 : t]]) : 0.0f;
+      const Vector<8> bias = {even, odd, even, odd, even, odd, even, odd};
+      auto pixels = [&](int p, int q) __attribute__((always_inline)) {
+        const int first = p < P ? p : P - 1, second = q < P ? q : P - 1;
+        if constexpr (T == 1) {
+          return sums<16>(sum[first][0], Vector<16>{}, sum[second][0], Vector<16>{});
+        } else {
+          const int other = t + 1 < T ? t + 1 : t;
+          return both ? sums<16>(sum[first][t], sum[first][other], sum[second][t], sum[second][other])
+                      : sums<16>(sum[first][t], Vector<16>{}, sum[second][t], Vector<16>{});
+        }
+      };
+#pragma GCC unroll 3
+      for (int q = 0; q < P; q += 4) {
+        // Four pixels at a time; the last four overlap with those before them rather than end in a partial store.
+        const int p = q + 4 <= P ? q : P > 4 ? P - 4 : 0;
+        const Quad front = pixels(p, p + 1), back = pixels(p + 2, p + 3);
+        Vector<8> y = __builtin_shufflevector(front, back, 0, 1, 2, 3, 4, 5, 6, 7) + bias;
+        if (conv.relu) y = relu<8>(y);
+        const __m128i narrow = (__m128i)_mm256_cvtneps_pbh(y);
+        __builtin_memcpy(to + 2 * p, &narrow, (P < 4 ? P : 4) * 2 * sizeof(Bf16));
+      }
+    }
+  }
+
+ private:
+  static GK_INLINE float widened(Bf16 value) {
+    const uint32_t bits = uint32_t{value.bits} << 16;
+    float wide;
+    __builtin_memcpy(&wide, &bits, sizeof wide);
+    return wide;
+  }
+};
+
+}  // namespace gatedkernels
