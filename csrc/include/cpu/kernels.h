@@ -62,7 +62,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #endif
 
-// The best kernels that this processor runs; GATEDKERNELS_ISA (portable, avx2, avx512) caps the choice.
+// The best kernels that this processor runs; GATEDKERNELS_ISA (portable, avx2, avx512, avx512bf16) caps the choice.
 const Kernels& kernels();
 
 }  // namespace gatedkernels
