@@ -4,7 +4,6 @@
 #include <memory>
 
 #include "block.h"
-#include "cpu/kernels_bf16.h"
 #include "queue.h"
 #include "tensors.h"
 
@@ -13,11 +12,6 @@ namespace {
 
 constexpr int64_t kCacheBytes = 1 << 19;  // weights that stay in a core's second-level cache while samples pass by
 constexpr double kSpeedUp = 2;  // over float32, whose operations the queue counts in
-
-const Bf16* values(const Tensor& t) { return static_cast<const Bf16*>(t.const_data_ptr()); }
-const Bf16* values(const MaybeTensor& t) { return t ? values(*t) : nullptr; }
-
-Tensor converted(const Tensor& t, ScalarType dtype) { return torch::stable::to(t, dtype); }
 
 // The planes of a sample's active channels, two in each, and where every sample's begin.
 struct Planes {
@@ -86,10 +80,10 @@ Tensor run_block(const Bf16Kernels& run, const Tensor& given_x, const Tensor& we
   if (y.numel() == 0) return y;
 
   Planes planes(plan, pixels);
-  OutConvOf<Bf16> conv1{size1, static_cast<int>(C), values(weight1), values(bias1), planes.pitch, true};
+  OutConvOf<Bf16> conv1{size1, static_cast<int>(C), bf16s(weight1), bf16s(bias1), planes.pitch, true};
   InConvOf<Bf16> conv2;
   conv2.size = size2, conv2.C = static_cast<int>(plan.channels), conv2.K = static_cast<int>(K);
-  conv2.weight = values(weight2), conv2.bias = values(bias2);
+  conv2.weight = bf16s(weight2), conv2.bias = bf16s(bias2);
   conv2.channel_step = planes.pitch, conv2.row_step = 2 * size2.W, conv2.pixel_step = 2;
   conv2.gathered = false, conv2.relu = true;
   if (N == 1) {
@@ -101,8 +95,8 @@ Tensor run_block(const Bf16Kernels& run, const Tensor& given_x, const Tensor& we
   auto left = std::make_unique<std::atomic<int32_t>[]>(N);
   for (int64_t n = 0; n < N; ++n) left[n].store(queue.pending[n], std::memory_order_relaxed);
 
-  const Bf16* in = values(x);
-  const Bf16* skip = values(residual);
+  const Bf16* in = bf16s(x);
+  const Bf16* skip = bf16s(residual);
   Bf16* out = static_cast<Bf16*>(y.mutable_data_ptr());
   in_order(static_cast<int64_t>(queue.items.size()), [&](int64_t at) {
     const Item& item = queue.items[at];

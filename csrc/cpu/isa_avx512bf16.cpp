@@ -16,7 +16,7 @@
 
 namespace gatedkernels {
 
-const Bf16Kernels kAvx512Bf16Kernels = {OutRows<BFloat16>::run, InRows<BFloat16>::run};
+const Bf16Kernels kAvx512Bf16Kernels = {OutRows<BFloat16>::run, InRows<BFloat16>::run, BFloat16::add_pixels};
 
 }  // namespace gatedkernels
 

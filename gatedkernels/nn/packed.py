@@ -96,6 +96,7 @@ class PackedConv2d(Packed):
             and self.shape.stride in ((1, 1), (2, 2))
             and self.shape.dilation == (1, 1)
             and self.shape.groups == 1
+            and weight.dtype == torch.float32
         )
         self._keep(
             weight=pack_blocks(weight) if self.is_packed else weight.contiguous(memory_format=torch.channels_last),
@@ -113,7 +114,7 @@ class PackedConv2d(Packed):
         """Convolve; ``in_mask`` and ``out_mask``, bool, shape (N, channels), close channels."""
         shape = self.shape
         _check_images(x, shape.in_channels, self.weight)
-        if self.is_packed and _is_native(x):
+        if self.is_packed and x.dtype == torch.float32:
             if self.extra_padding:
                 x = pad(x, (self.extra_padding,) * 4)
             stride, channels = shape.stride[0], shape.out_channels
@@ -308,8 +309,8 @@ class PackedBottleneck(PackedResidual):
 
 
 def _is_native(x: Tensor) -> bool:
-    """Whether the packed operators serve this input: everything but other dtypes."""
-    return x.dtype == torch.float32
+    """Whether the operators of gates and basic blocks serve this input: everything but other dtypes."""
+    return x.dtype in (torch.float32, torch.bfloat16)
 
 
 def _check_images(x: Tensor, channels: int, weight: Tensor) -> None:

@@ -91,6 +91,20 @@ struct BFloat16 {
     }
   }
 
+  // sum[c] += x[p][c] over pixels of C adjacent channels, `step` values apart.
+  static void add_pixels(const Bf16* x, int64_t pixels, int64_t step, int64_t C, float* sum) {
+    for (int64_t c = 0; c < C; c += 32) {
+      const int count = static_cast<int>(C - c < 32 ? C - c : 32);
+      Vector<16> s[2] = {}, v[2];
+      for (int64_t p = 0; p < pixels; ++p) {
+        load_pixel(x + p * step + c, count, v);
+        s[0] += v[0];
+        s[1] += v[1];
+      }
+      for (int i = 0; i < count; ++i) sum[c + i] += s[i / 4 % 2][i / 8 * 4 + i % 4];
+    }
+  }
+
  private:
   static GK_INLINE float widened(Bf16 value) {
     const uint32_t bits = uint32_t{value.bits} << 16;

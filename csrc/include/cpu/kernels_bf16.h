@@ -18,6 +18,7 @@ struct Bf16Kernels {
   // As in Kernels; x holds planes, channel_step is from pair to pair.
   void (*in_rows)(const InConvOf<Bf16>&, const Bf16* x, const int32_t* channels, int count, int block, int last,
                   int row, int end, const Bf16* residual, Bf16* y);
+  void (*add_pixels)(const Bf16* x, int64_t pixels, int64_t step, int64_t C, float* sum);  // as in Kernels
 };
 
 #if defined(__x86_64__)
