@@ -8,7 +8,9 @@ namespace gatedkernels {
 Tensor channel_gate(const Tensor& given_x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                     const Tensor& bias2) {
   const ScalarType dtype = given_x.scalar_type();
-  STD_TORCH_CHECK(dtype == weight1.scalar_type() && dtype == weight2.scalar_type(), "the gate's weights are as x is");
+  STD_TORCH_CHECK(given_x.dim() == 4 && given_x.is_cpu() && dtype == weight1.scalar_type() &&
+                      dtype == weight2.scalar_type(),
+                  "the gate's weights have the dtype of x");
   // bfloat16 is read as it lies where pixels are rows of channels, and in float32 elsewhere.
   const bool is_bf16 = dtype == ScalarType::BFloat16;
   const Bf16Kernels* narrow = is_bf16 && given_x.stride(1) == 1 ? bf16_kernels() : nullptr;

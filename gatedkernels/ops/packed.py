@@ -1,8 +1,8 @@
 """The operators behind `optimize`: weights in the kernels' own layouts, as ordinary tensors.
 
 Two layouts of filters (K, C, S, S): rows, (K, S, S, C), which is the channels-last layout of the same filters, and
-blocks, (ceil(K / 32), C, S, S, 32), zeros where K ends. The CPU library computes from them in float32; elsewhere the
-definitions below serve, from the same tensors.
+blocks, (ceil(K / 32), C, S, S, 32), zeros where K ends. The CPU library computes gates and blocks from them in float32
+and bfloat16, single convolutions in float32; elsewhere the definitions below serve, from the same tensors.
 """
 
 from collections.abc import Callable

@@ -17,11 +17,14 @@ pytestmark = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_ex
 SETS = {"AVX512": {"avx512", "avx2", "portable"}, "AVX2": {"avx2", "portable"}}
 
 
-@pytest.mark.parametrize("cap", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("cap", ["avx512bf16", "avx512", "avx2", "portable"])
 def test_every_instruction_set(cap: str, tmp_path: Path):
     capability = torch.backends.cpu.get_cpu_capability()
-    if cap not in SETS.get(capability, {"portable"}):
-        pytest.skip(f"this processor has {capability}")
+    is_there = cap in SETS.get(capability, {"portable"})
+    if cap == "avx512bf16":
+        is_there = torch.cpu._is_avx512_bf16_supported()
+    if not is_there:
+        pytest.skip(f"this processor has {capability}, without {cap}")
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("isa_sweep.py")],
         env={**os.environ, "GATEDKERNELS_ISA": cap},
