@@ -57,6 +57,9 @@ struct BFloat16 {
     }
   }
 
+  // A NaN stays one.
+  static GK_INLINE Vector<16> relu(Vector<16> v) { return _mm512_maskz_max_ps(0xffff, Vector<16>{}, v); }
+
   // The end of a row of P pixels of T output channels: sums over the lanes, at `at` in the planes of each pair.
   template <int P, int T>
   static GK_INLINE void store_planes(const Vector<16> (&sum)[P][T], const OutConvOf<Bf16>& conv,
@@ -64,27 +67,27 @@ struct BFloat16 {
 #pragma GCC unroll 2
     for (int t = 0; t < T; t += 2) {
       Bf16* to = planes + t / 2 * conv.plane + 2 * at;
-      const bool both = t + 1 < T;
-      const float even = conv.bias ? widened(conv.bias[channels[t]]) : 0.0f;
-      const float odd = conv.bias && both ? widened(conv.bias[channels[t + 1 < T ? t + 1 : t]]) : 0.0f;
+      float even = 0, odd = 0;
+      if (conv.bias) {
+        even = widened(conv.bias[channels[t]]);
+        if (t + 1 < T) odd = widened(conv.bias[channels[t + 1]]);
+      }
       const Vector<8> bias = {even, odd, even, odd, even, odd, even, odd};
-      auto pixels = [&](int p, int q) __attribute__((always_inline)) {
-        const int first = p < P ? p : P - 1, second = q < P ? q : P - 1;
-        if constexpr (T == 1) {
-          return sums<16>(sum[first][0], Vector<16>{}, sum[second][0], Vector<16>{});
-        } else {
-          const int other = t + 1 < T ? t + 1 : t;
-          return both ? sums<16>(sum[first][t], sum[first][other], sum[second][t], sum[second][other])
-                      : sums<16>(sum[first][t], Vector<16>{}, sum[second][t], Vector<16>{});
-        }
+      auto halved = [&](int p, int i) __attribute__((always_inline)) {
+        if (t + i >= T) return Vector<8>{};
+        const Vector<16> v = sum[p < P ? p : P - 1][t + i < T ? t + i : t];
+        return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
       };
 #pragma GCC unroll 3
       for (int q = 0; q < P; q += 4) {
         // Four pixels at a time; the last four overlap with those before them rather than end in a partial store.
         const int p = q + 4 <= P ? q : P > 4 ? P - 4 : 0;
-        const Quad front = pixels(p, p + 1), back = pixels(p + 2, p + 3);
-        Vector<8> y = __builtin_shufflevector(front, back, 0, 1, 2, 3, 4, 5, 6, 7) + bias;
-        if (conv.relu) y = relu<8>(y);
+        const Vector<8> front = quarters(halved(p, 0), halved(p, 1), halved(p + 1, 0), halved(p + 1, 1));
+        const Vector<8> back = quarters(halved(p + 2, 0), halved(p + 2, 1), halved(p + 3, 0), halved(p + 3, 1));
+        Vector<8> y = __builtin_shufflevector(front, back, 0, 1, 2, 3, 8, 9, 10, 11) +
+                      __builtin_shufflevector(front, back, 4, 5, 6, 7, 12, 13, 14, 15) + bias;
+        if (conv.relu) y = _mm256_max_ps(Vector<8>{}, y);
         const __m128i narrow = (__m128i)_mm256_cvtneps_pbh(y);
         __builtin_memcpy(to + 2 * p, &narrow, (P < 4 ? P : 4) * 2 * sizeof(Bf16));
       }
@@ -106,6 +109,16 @@ struct BFloat16 {
   }
 
  private:
+  // The sums over each half of four vectors: those of the lower halves, then those of the upper ones.
+  static GK_INLINE Vector<8> quarters(Vector<8> a, Vector<8> b, Vector<8> c, Vector<8> d) {
+    const Vector<8> ab = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+                         __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    const Vector<8> cd = __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13) +
+                         __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
+    return __builtin_shufflevector(ab, cd, 0, 2, 8, 10, 4, 6, 12, 14) +
+           __builtin_shufflevector(ab, cd, 1, 3, 9, 11, 5, 7, 13, 15);
+  }
+
   static GK_INLINE float widened(Bf16 value) {
     const uint32_t bits = uint32_t{value.bits} << 16;
     float wide;

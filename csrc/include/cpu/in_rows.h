@@ -175,7 +175,7 @@ struct InRows {
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
           skip[v] += sum.at[i][p][v];
-          if (conv.relu) skip[v] = relu<L>(skip[v]);
+          if (conv.relu) skip[v] = Numbers::relu(skip[v]);
         }
         Numbers::store_pixel(y + at, valid, skip);
       }

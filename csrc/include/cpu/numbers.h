@@ -24,6 +24,8 @@ struct Float32 {
   }
   static GK_INLINE void multiply_add(Vector<L>& sum, Operand a, Operand b) { sum += a * b; }
 
+  static GK_INLINE Vector<L> relu(Vector<L> v) { return gatedkernels::relu<L>(v); }
+
   // The same value in every lane.
   static GK_INLINE Operand spread(const float* from) { return broadcast<L>(*from); }
 
@@ -73,7 +75,7 @@ struct Float32 {
         Quad y = sums<L>(sum[p][t], sum[p + 1 < P ? p + 1 : last][t], sum[p + 2 < P ? p + 2 : last][t],
                          sum[p + 3 < P ? p + 3 : last][t]);
         if (conv.bias) y += broadcast<4>(conv.bias[channels[t]]);
-        if (conv.relu) y = relu<4>(y);
+        if (conv.relu) y = gatedkernels::relu<4>(y);
         if constexpr (P >= 4) {
           store<4>(to + p, y);
         } else {
