@@ -42,7 +42,7 @@ struct BFloat16 {
 
   // `count` adjacent values, in the lanes of multiply_add's sums; zeros in the lanes behind them.
   static GK_INLINE void load_pixel(const Bf16* from, int count, Vector<16> (&v)[2]) {
-    const __m512i narrow = load_first(from, count);
+    const __m512i narrow = count >= 32 ? load(from) : load_first(from, count);
     v[0] = (Vector<16>)_mm512_unpacklo_epi16(__m512i{}, narrow);
     v[1] = (Vector<16>)_mm512_unpackhi_epi16(__m512i{}, narrow);
   }
