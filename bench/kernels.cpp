@@ -1,4 +1,5 @@
-// The CPU kernels alone, on one core with warm weights: GFLOP/s of useful multiply-adds (taps in the padding not counted).
+// The CPU kernels alone, on one core with warm weights: GFLOP/s of useful multiply-adds (taps in the padding not
+// counted).
 //
 //   g++ -std=c++20 -O2 -Icsrc/include bench/kernels.cpp csrc/cpu/isa_avx512*.cpp -o /tmp/kernels && /tmp/kernels
 #include <algorithm>

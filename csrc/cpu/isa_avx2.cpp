@@ -14,7 +14,8 @@
 
 namespace gatedkernels {
 
-const Kernels kAvx2Kernels = {"avx2", OutRows<Float32<8>>::run, InRows<Float32<8>>::run, GateRows<8>::add_pixels, GateRows<8>::linear};
+const Kernels kAvx2Kernels = {"avx2", OutRows<Float32<8>>::run, InRows<Float32<8>>::run,
+                                 GateRows<8>::add_pixels, GateRows<8>::linear};
 
 }  // namespace gatedkernels
 

@@ -14,7 +14,8 @@
 
 namespace gatedkernels {
 
-const Kernels kAvx512Kernels = {"avx512", OutRows<Float32<16>>::run, InRows<Float32<16>>::run, GateRows<16>::add_pixels, GateRows<16>::linear};
+const Kernels kAvx512Kernels = {"avx512", OutRows<Float32<16>>::run, InRows<Float32<16>>::run,
+                                 GateRows<16>::add_pixels, GateRows<16>::linear};
 
 }  // namespace gatedkernels
 

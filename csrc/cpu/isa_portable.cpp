@@ -6,6 +6,7 @@
 
 namespace gatedkernels {
 
-const Kernels kPortableKernels = {"portable", OutRows<Float32<4>>::run, InRows<Float32<4>>::run, GateRows<4>::add_pixels, GateRows<4>::linear};
+const Kernels kPortableKernels = {"portable", OutRows<Float32<4>>::run, InRows<Float32<4>>::run,
+                                 GateRows<4>::add_pixels, GateRows<4>::linear};
 
 }  // namespace gatedkernels

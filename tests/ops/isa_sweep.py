@@ -26,7 +26,8 @@ def where(mask: Tensor, x: Tensor) -> Tensor:
 
 def check(name: str, y: Tensor, exact: Tensor) -> None:
     error, norm = float((y.double() - exact).norm()), float(exact.norm())
-    assert error <= (1e-6 if y.dtype == torch.float32 else torch.finfo(y.dtype).eps) * norm, f"{name}: error {error:.3g} of {norm:.3g}"  # NaN fails too
+    tolerance = 1e-6 if y.dtype == torch.float32 else torch.finfo(y.dtype).eps
+    assert error <= tolerance * norm, f"{name}: error {error:.3g} of {norm:.3g}"  # NaN fails too
 
 
 def convolutions(c: int, k: int, h: int, w: int, side: int, stride: int) -> None:

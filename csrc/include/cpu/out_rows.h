@@ -75,7 +75,8 @@ struct OutRows {
 
   template <bool Fetch, int R, int P, int T, bool Upper, bool Lower>
   static GK_INLINE void taps(Sums<R, P, T>& sum, const Conv& conv, const Element* x, int64_t step, int64_t line,
-                             const Element* const* weight, const Element* const* ahead, int64_t offset, bool left, bool right) {
+                             const Element* const* weight, const Element* const* ahead, int64_t offset, bool left,
+                             bool right) {
     const int S = conv.size.S;
     for (int s = 0; s < S; ++s, x += conv.C, offset += conv.C) {
       if (left && s == 0) {
