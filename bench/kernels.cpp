@@ -1,6 +1,7 @@
-// The CPU kernels alone, on one core with warm weights: GFLOP/s of useful multiply-adds (taps in the padding not counted).
+// The CPU kernels alone, on one core with warm weights: GFLOP/s of useful multiply-adds (taps in the padding not
+// counted).
 //
-//   g++ -std=c++20 -O2 -Icsrc/include bench/kernels.cpp csrc/cpu/isa_avx512.cpp -o /tmp/kernels && /tmp/kernels
+//   g++ -std=c++20 -O2 -Icsrc/include bench/kernels.cpp csrc/cpu/isa_avx512*.cpp -o /tmp/kernels && /tmp/kernels
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -8,9 +9,11 @@
 #include <random>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels_bf16.h"
 
 using namespace gatedkernels;
+
+namespace {
 
 // Seconds a sample: the best of five passes over all samples.
 template <class Run>
@@ -25,16 +28,18 @@ double measure(int samples, const Run& run) {
   return best;
 }
 
-int main() {
+// `paired` listed channels share a plane.
+template <class Element, class Set>
+void measure_all(const char* name, const Set& kernels, Element value, int paired) {
   constexpr int N = 16;
   constexpr int kShapes[][2] = {{64, 32}, {128, 16}, {256, 8}, {512, 4}, {64, 56}, {128, 28}, {256, 14}, {512, 7}};
   for (const auto& [C, H] : kShapes) {
     for (const double density : {0.1, 0.3, 1.0}) {
       const int count = std::max(1, static_cast<int>(density * C + 0.5)), blocks = C / kBlock;
       const size_t image = size_t(H) * H * C, filters = size_t(C) * C * 9;
-      const int64_t plane = (H * H + 15) / 16 * 16 + 16;
-      const std::vector<float> x(N * image, 0.5f), weight(filters, 0.01f), bias(C, 0.1f);
-      std::vector<float> planes(N * C * plane), y(N * image);
+      const int64_t plane = ((H * H + 15) / 16 * 16 + 16) * paired;
+      const std::vector<Element> x(N * image, value), weight(filters, value), bias(C, value);
+      std::vector<Element> planes(N * C * plane), y(N * image);
       std::mt19937 random(1);
       std::vector<std::vector<int32_t>> channels(N, std::vector<int32_t>(C));
       for (auto& list : channels) {
@@ -43,20 +48,27 @@ int main() {
         std::sort(list.begin(), list.begin() + count);
       }
       const Geometry size = {H, H, H, H, 1, 3};
-      const OutConv out = {size, C, weight.data(), bias.data(), plane, true};
-      const InConv in = {size, C, C, weight.data(), bias.data(), plane, H, 1, false, true};
+      const OutConvOf<Element> out = {size, C, weight.data(), bias.data(), plane, true};
+      const InConvOf<Element> in = {size, C, C, weight.data(), bias.data(), plane, H * paired, paired, false, true};
       const double out_s = measure(N, [&](int n) {
-        kAvx512Kernels.out_rows(out, &x[n * image], channels[n].data(), count, count, 0, H, &planes[n * C * plane]);
+        kernels.out_rows(out, &x[n * image], channels[n].data(), count, count, 0, H, &planes[n * C * plane]);
       });
       const double in_s = measure(N, [&](int n) {
         for (int block = 0; block < blocks; ++block) {
-          kAvx512Kernels.in_rows(in, &planes[n * C * plane], channels[n].data(), count, block, block + 1, 0, H,
-                                 &x[n * image], &y[n * image]);
+          kernels.in_rows(in, &planes[n * C * plane], channels[n].data(), count, block, block + 1, 0, H, &x[n * image],
+                          &y[n * image]);
         }
       });
       const double operations = 2.0 * C * count * (3.0 * H - 2) * (3.0 * H - 2);
-      std::printf("%3d, %2dx%-2d  %3.0f %% open  out-gated %4.0f  in-gated %4.0f\n", C, H, H, 100 * density,
+      std::printf("%s %3d, %2dx%-2d  %3.0f %% open  out-gated %4.0f  in-gated %4.0f\n", name, C, H, H, 100 * density,
                   operations / out_s / 1e9, operations / in_s / 1e9);
     }
   }
+}
+
+}  // namespace
+
+int main() {
+  if (__builtin_cpu_supports("avx512f")) measure_all("float32 ", kAvx512Kernels, 0.01f, 1);
+  if (__builtin_cpu_supports("avx512bf16")) measure_all("bfloat16", kAvx512Bf16Kernels, Bf16{0x3c24}, 2);
 }

@@ -143,6 +143,29 @@ def test_other_dtypes(dtype: torch.dtype):
     assert error < (0.03 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", MODULES)
+def test_bfloat16(name: str, density: float):
+    """A model of bfloat16 keeps its own error: the packed one's is at most twice as large, and one eps."""
+    make, shape = MODULES[name]
+    model, x = make().bfloat16(), torch.randn(shape).bfloat16()
+    fast, exact = gk.optimize(model, x), copy.deepcopy(model).double()
+    with torch.no_grad(), gk.fix_gates(model, density), gk.fix_gates(fast, density), gk.fix_gates(exact, density):
+        own, y, expected = model(x), fast(x), exact(x.double())
+    own, y = (error.double() - expected for error in (own, y))
+    eps = torch.finfo(torch.bfloat16).eps
+    assert y.norm() <= 2 * own.norm() + eps * expected.norm()
+
+
+def test_bfloat16_gates_decide_in_float32():
+    block, x = lively(GatedBasicBlock(32, 32)).bfloat16(), torch.randn(4, 32, 9, 9).bfloat16()
+    fast = gk.optimize(block, x)
+    with torch.no_grad():
+        mask = fast.gate(x)
+        expected = copy.deepcopy(fast.gate).float()(x.float())
+    assert torch.equal(mask, expected)
+
+
 def test_compiles_and_exports():
     fast, x = gk.optimize(resnet(), torch.randn(2, 3, 16, 16)), torch.randn(4, 3, 16, 16)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "block.h"
 #include "queue.h"
 #include "strips.h"
 
@@ -202,7 +203,7 @@ Tensor run_block(const Tensor& given_x, const Weights& weights1, const Weights& 
 Tensor packed_block(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                     const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2, const Tensor& mask,
                     const MaybeTensor& residual, int64_t stride) {
-  check_float(x, 4), check_float(weight1, 4), check_float(weight2, 5);
+  STD_TORCH_CHECK(x.dim() == 4 && weight1.dim() == 4 && weight2.dim() == 5, "x is (N, C, H, W), weights are packed");
   STD_TORCH_CHECK(weight1.is_contiguous() && weight2.is_contiguous() && bias1.is_contiguous() && bias2.is_contiguous(),
                   "packed weights are contiguous");
   const int64_t hidden = weight1.size(0), out = bias2.size(0), C = x.size(1);
@@ -214,6 +215,10 @@ Tensor packed_block(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
   STD_TORCH_CHECK(!tiles2 || (tiles2->is_contiguous() && tiles2->numel() == ceil_div(out, kBlock) * 16 * hidden * kBlock),
                   "tiles2 is packed as (K / 32, 16, M, 32)");
   STD_TORCH_CHECK(mask.size(0) == x.size(0) && mask.size(1) == hidden, "mask has shape (N, M)");
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    return packed_block_bf16(x, weight1, bias1, weight2, bias2, mask, residual, stride);
+  }
+  check_float(x, 4), check_float(weight1, 4), check_float(weight2, 5);
   return run_block(x, {floats(weight1), floats(tiles1), floats(bias1)}, {floats(weight2), floats(tiles2), floats(bias2)},
                    hidden, out, Plan(mask), residual, stride);
 }

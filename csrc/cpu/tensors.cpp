@@ -5,7 +5,8 @@
 namespace gatedkernels {
 
 Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, MemoryFormat format) {
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Bool || dtype == ScalarType::Int,
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Bool ||
+                      dtype == ScalarType::Int,
                   "no other dtypes are made here");
   const int64_t* sizes = size.begin();
   const auto dims = static_cast<int64_t>(size.size());
@@ -16,9 +17,10 @@ Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, MemoryFormat
   } else {
     for (int64_t d = dims - 1; d >= 0; --d) strides[d] = step, step *= std::max<int64_t>(sizes[d], 1);
   }
-  const int32_t type = dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
-                       : dtype == ScalarType::Bool ? aoti_torch_dtype_bool()
-                                                   : aoti_torch_dtype_int32();
+  const int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                       : dtype == ScalarType::Bool     ? aoti_torch_dtype_bool()
+                                                       : aoti_torch_dtype_int32();
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides.data(), type, aoti_torch_device_type_cpu(), 0, &made));

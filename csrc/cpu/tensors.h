@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels_bf16.h"
 #include "cpu/schedule.h"
 
 namespace gatedkernels {
@@ -25,6 +25,13 @@ Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype = ScalarType:
 
 inline const float* floats(const Tensor& t) { return t.const_data_ptr<float>(); }
 inline const float* floats(const MaybeTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+inline const Bf16* bf16s(const Tensor& t) { return static_cast<const Bf16*>(t.const_data_ptr()); }
+inline const Bf16* bf16s(const MaybeTensor& t) { return t ? bf16s(*t) : nullptr; }
+
+inline Tensor converted(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
 
 inline Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline MaybeTensor row_major(const MaybeTensor& t) { return t ? MaybeTensor(row_major(*t)) : t; }

@@ -105,6 +105,7 @@ class PackedConv2d(Packed):
             and self.shape.stride in ((1, 1), (2, 2))
             and self.shape.dilation == (1, 1)
             and self.shape.groups == 1
+            and weight.dtype == torch.float32
         )
         self._keep(
             weight=pack_blocks(weight) if self.is_packed else weight.contiguous(memory_format=torch.channels_last),
@@ -122,7 +123,7 @@ class PackedConv2d(Packed):
         """Convolve; ``in_mask`` and ``out_mask``, bool, shape (N, channels), close channels."""
         shape = self.shape
         check_images(x, shape.in_channels, self.weight)
-        if self.is_packed and _is_native(x):
+        if self.is_packed and x.dtype == torch.float32:
             if self.extra_padding:
                 x = pad(x, (self.extra_padding,) * 4)
             stride, channels = shape.stride[0], shape.out_channels
@@ -250,13 +251,14 @@ class PackedBasicBlock(PackedResidual):
         norm1, norm2 = block.norms(branch)
         weight1, bias1 = fold_norm(block.conv1.weight, None, norm1)
         weight2, bias2 = fold_norm(block.conv2.weight, None, norm2)
+        has_tiles = weight1.dtype == torch.float32
         self._keep(
             weight1=pack_rows(weight1),
             bias1=bias1,
             weight2=pack_blocks(weight2),
             bias2=bias2,
-            tiles1=pack_tile_rows(weight1) if self.shapes[0].stride == (1, 1) else None,
-            tiles2=pack_tile_blocks(weight2),
+            tiles1=pack_tile_rows(weight1) if has_tiles and self.shapes[0].stride == (1, 1) else None,
+            tiles2=pack_tile_blocks(weight2) if has_tiles else None,
         )
         self.eval()
 
@@ -331,8 +333,8 @@ class PackedBottleneck(PackedResidual):
 
 
 def _is_native(x: Tensor) -> bool:
-    """Whether the packed operators serve this input: everything but other dtypes."""
-    return x.dtype == torch.float32
+    """Whether the operators of gates and basic blocks serve this input: everything but other dtypes."""
+    return x.dtype in (torch.float32, torch.bfloat16)
 
 
 def check_images(x: Tensor, channels: int, weight: Tensor) -> None:

@@ -2,11 +2,12 @@
 
 Layouts of filters (K, C, S, S): rows, (K, S, S, C), which is the channels-last layout of the same filters; blocks,
 (ceil(K / 32), C, S, S, 32), zeros where K ends; and for a network's first layer (ceil(K / 32), S, S * C, 32). The CPU
-library computes from them in float32; elsewhere the definitions below serve, from the same tensors.
+library computes gates and blocks from them in float32 and bfloat16, single convolutions in float32; elsewhere the
+definitions below serve, from the same tensors.
 
 3 x 3 filters may come a second time, transformed for Winograd's minimal filtering F(2 x 2, 3 x 3) (Lavin and Gray,
 2016, section 4.1), as rows (K, 16 C + 16) and as blocks (ceil(K / 32), 16, C, 32): the library then computes from
-these wherever it is faster.
+these wherever it is faster, in float32.
 """
 
 from collections.abc import Callable

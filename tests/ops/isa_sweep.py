@@ -29,7 +29,8 @@ def where(mask: Tensor, x: Tensor) -> Tensor:
 
 def check(name: str, y: Tensor, exact: Tensor) -> None:
     error, norm = float((y.double() - exact).norm()), float(exact.norm())
-    assert error <= 1e-6 * norm, f"{name}: error {error:.3g} of {norm:.3g}"  # NaN fails too
+    tolerance = 1e-6 if y.dtype == torch.float32 else torch.finfo(y.dtype).eps
+    assert error <= tolerance * norm, f"{name}: error {error:.3g} of {norm:.3g}"  # NaN fails too
 
 
 def convolutions(c: int, k: int, h: int, w: int, side: int, stride: int) -> None:
@@ -58,26 +59,31 @@ def convolutions(c: int, k: int, h: int, w: int, side: int, stride: int) -> None
 
 def blocks(c: int, k: int, h: int, w: int, stride: int) -> None:
     n, m, case = 3, 145, (c, k, h, w, stride)
-    x, w1, b1, w2, b2 = (torch.randn(*s) for s in ((n, c, h, w), (m, c, 3, 3), (m,), (k, m, 3, 3), (k,)))
-    mask, residual = torch.rand(n, m) < 0.5, torch.randn(n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
-    wide = [t.double() for t in (x, w1, b1, w2, b2, residual)]
-    hidden = where(mask, conv2d(*wide[:3], stride, 1).relu())
-    exact = (conv2d(hidden, *wide[3:5], 1, 1) + wide[5]).relu()
-    y = gk.gated_block(x, w1, b1, w2, b2, mask, residual=residual, stride=stride, backend="cpu")
-    check(f"gated_block {case}", y, exact)
-    tiles = pack_tile_rows(w1) if stride == 1 else None, pack_tile_blocks(w2)
-    for name, own in (("packed_block", (None, None)), ("packed_block, on tiles", tiles)):
-        y = ops.packed_block(x, pack_rows(w1), b1, pack_blocks(w2), b2, *own, mask, residual, stride)
-        check(f"{name} {case}", y, exact)
+    out = (n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    mask, shapes = torch.rand(n, m) < 0.5, ((n, c, h, w), (m, c, 3, 3), (m,), (k, m, 3, 3), (k,), out)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w1, b1, w2, b2, residual = tensors = [torch.randn(*shape).to(dtype) for shape in shapes]
+        wide = [t.double() for t in tensors]
+        hidden = where(mask, conv2d(*wide[:3], stride, 1).relu())
+        exact = (conv2d(hidden, *wide[3:5], 1, 1) + wide[5]).relu()
+        if dtype == torch.float32:
+            y = gk.gated_block(x, w1, b1, w2, b2, mask, residual=residual, stride=stride, backend="cpu")
+            check(f"gated_block {case}", y, exact)
+        tiles = pack_tile_rows(w1) if stride == 1 else None, pack_tile_blocks(w2)
+        for name, own in (("packed_block", (None, None)), ("packed_block, on tiles", tiles)):
+            y = ops.packed_block(x, pack_rows(w1), b1, pack_blocks(w2), b2, *own, mask, residual, stride)
+            check(f"{name} {case} {dtype}", y, exact)
 
 
 def gates(c: int, k: int, h: int, w: int) -> None:
-    x, w1, b1, w2, b2 = (torch.randn(*s) for s in ((3, c, h, w), (19, c), (19,), (k, 19), (k,)))
-    wide = [t.double() for t in (x, w1, b1, w2, b2)]
-    logits = linear(linear(wide[0].mean((2, 3)), *wide[1:3]).relu(), *wide[3:])
-    for layout in (torch.contiguous_format, torch.channels_last):
-        mask = ops.channel_gate(x.contiguous(memory_format=layout), w1, b1, w2, b2)
-        assert torch.equal(mask | (logits.abs() < 1e-4), (logits >= 0) | (logits.abs() < 1e-4)), f"gate {(c, k, h, w)}"
+    for dtype in (torch.float32, torch.bfloat16):
+        x, *weights = (torch.randn(*s).to(dtype) for s in ((3, c, h, w), (19, c), (19,), (k, 19), (k,)))
+        w1, b1, w2, b2 = (t.double() for t in weights)
+        logits = linear(linear(x.double().mean((2, 3)), w1, b1).relu(), w2, b2)
+        near = logits.abs() < 1e-4
+        for layout in (torch.contiguous_format, torch.channels_last):
+            mask = ops.channel_gate(x.contiguous(memory_format=layout), *weights)
+            assert torch.equal(mask | near, (logits >= 0) | near), f"gate {(c, k, h, w)} {dtype}"
 
 
 def stems(c: int, k: int, h: int, w: int) -> None:

@@ -20,11 +20,14 @@ pytestmark = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_ex
 SETS = {"AVX512": {"avx512", "avx2", "portable"}, "AVX2": {"avx2", "portable"}}
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
 def cap(request: pytest.FixtureRequest) -> str:
     capability = torch.backends.cpu.get_cpu_capability()
-    if request.param not in SETS.get(capability, {"portable"}):
-        pytest.skip(f"this processor has {capability}")
+    is_there = request.param in SETS.get(capability, {"portable"})
+    if request.param == "avx512bf16":
+        is_there = torch.cpu._is_avx512_bf16_supported()
+    if not is_there:
+        pytest.skip(f"this processor has {capability}, without {request.param}")
     return request.param
 
 

@@ -23,6 +23,7 @@ from gatedkernels.ops.packed import (
 
 ops = torch.ops.gatedkernels
 DENSITIES = [None, 0.0, 0.4, 1.0]
+DTYPES = [torch.float32, torch.bfloat16]
 
 needs_cpu = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
 
@@ -38,7 +39,7 @@ def where(mask: Tensor | None, x: Tensor) -> Tensor:
 def assert_agrees(
     operator: Callable[..., Tensor], definition: Callable[..., Tensor], tensors: list[Any], check: Callable[..., None]
 ) -> None:
-    """``definition`` in float32, of both layouts, sets the budget against float64."""
+    """``definition`` in the dtype of the tensors, of both layouts, sets the budget against float64."""
     exact = definition(*(t if t is None or t.dtype == torch.bool else t.double() for t in tensors))
     own = [definition(tensors[0].contiguous(memory_format=form), *tensors[1:])
            for form in (torch.contiguous_format, torch.channels_last)]  # fmt: skip
@@ -98,11 +99,12 @@ GATES = [(2, 64, 16, 64, 8, 8), (1, 7, 5, 3, 1, 1), (3, 130, 33, 70, 5, 4), (0, 
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", GATES, ids=str)
-def test_channel_gate(size: tuple[int, ...], layout: str, images):
+def test_channel_gate(size: tuple[int, ...], dtype: torch.dtype, layout: str, images):
     n, c, m, k, h, w = size
-    x = images((n, c, h, w), layout)
-    weight1, bias1, weight2, bias2 = torch.randn(m, c), torch.randn(m), torch.randn(k, m), torch.randn(k)
+    x = images((n, c, h, w), layout, dtype)
+    weight1, bias1, weight2, bias2 = (torch.randn(shape).to(dtype) for shape in ((m, c), (m,), (k, m), (k,)))
     mask = ops.channel_gate(x, weight1, bias1, weight2, bias2)
     hidden = linear(x.double().mean((2, 3)), weight1.double(), bias1.double()).relu()
     logits = linear(hidden, weight2.double(), bias2.double())
@@ -129,6 +131,8 @@ BLOCKS = [
     (20, 300, 70, 40, 3, 3, 1),
     (3, 5, 3, 2, 1, 2, 2),
     (0, 8, 8, 8, 4, 4, 1),
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 33, 600, 97, 2, 13, 1),
 ]
 
 # Such that computing on tiles pays at densities of 0.4 and more.
@@ -144,17 +148,20 @@ TILED_BLOCKS = [
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("density", DENSITIES[1:])
 @pytest.mark.parametrize(
     ("shape", "tiled"), [*((s, False) for s in BLOCKS), *((s, True) for s in TILED_BLOCKS)], ids=str
 )
 def test_packed_block(
-    shape: tuple[int, ...], tiled: bool, density: float, with_residual: bool, layout: str, images, assert_within_budget
-):
+    shape: tuple[int, ...], tiled: bool, density: float, with_residual: bool, dtype: torch.dtype, layout: str, images,
+    assert_within_budget,
+):  # fmt: skip
     n, c, m, k, h, w, stride = shape
     weight1, weight2 = torch.randn(m, c, 3, 3) / (3 * c**0.5), torch.randn(k, m, 3, 3) / (3 * m**0.5)
-    residual = images((n, k, (h - 1) // stride + 1, (w - 1) // stride + 1), layout) if with_residual else None
+    out = (n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    residual = images(out, layout, dtype) if with_residual else None
     mask = make_mask(n, m, density)
 
     def operator(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, skip: Tensor | None) -> Tensor:
@@ -165,8 +172,25 @@ def test_packed_block(
         y = conv2d(where(mask, conv2d(x, w1, b1, stride, 1).relu()), w2, b2, 1, 1)
         return (y if skip is None else y + skip).relu()
 
-    tensors = [images((n, c, h, w), layout), weight1, torch.randn(m), weight2, torch.randn(k), residual]
-    assert_agrees(operator, definition, tensors, assert_within_budget)
+    weights = (t.to(dtype) for t in (weight1, torch.randn(m), weight2, torch.randn(k)))
+    assert_agrees(operator, definition, [images((n, c, h, w), layout, dtype), *weights, residual], assert_within_budget)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("active", [0, 1, 7, 20])
+def test_packed_block_never_reads_closed_channels(active: int, dtype: torch.dtype, images):
+    x, bias2 = images((1, 17, 6, 5), "channels_last", dtype), torch.randn(40).to(dtype)
+    mask = (torch.randperm(20) < active)[None]
+    clean = [t.to(dtype) for t in (torch.randn(20, 17, 3, 3) / 9, torch.randn(20), torch.randn(40, 20, 3, 3) / 9)]
+    poisoned = [t.clone() for t in clean]
+    poisoned[0][~mask[0]] = poisoned[1][~mask[0]] = torch.nan
+    poisoned[2][:, ~mask[0]] = torch.nan
+    expected, y = (
+        ops.packed_block(x, pack_rows(w1), b1, pack_blocks(w2), bias2, None, None, mask, None, 1)
+        for w1, b1, w2 in (clean, poisoned)
+    )
+    assert torch.equal(y, expected)
 
 
 @needs_cpu

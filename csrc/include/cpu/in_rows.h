@@ -1,17 +1,24 @@
 // The in-gated kernel: lanes run along the output channels and every input value is broadcast, so an active input
 // channel is nothing but a pointer to its values and one to its weights.
-// L lanes; a tile is R rows of P pixels times two vectors of output channels.
+// A tile is R rows of P pixels times two vectors of output channels.
 #pragma once
 
+#include "cpu/numbers.h"
 #include "cpu/rows.h"
 
 namespace gatedkernels {
 
-template <int L>
+template <class Numbers>
 struct InRows {
+  using Element = typename Numbers::Element;
+  using Operand = typename Numbers::Operand;
+  using Conv = InConvOf<Element>;
+  static constexpr int L = Numbers::kLanes;
+  static constexpr int kPaired = Numbers::kPaired;
   static constexpr int kMostPixels = L == 16 ? 9 : 6;
   static constexpr int kVectors = 2;
-  static constexpr int kChain = 64;  // input channels whose products are added one after another
+  static constexpr int kChain = Numbers::kChain;
+  static constexpr int kLine = 64 / sizeof(Element);  // of the cache
   static constexpr int kAhead = 6;  // gathered weight rows start a new stream each: fetch this many ahead
 
   template <int R, int P>
@@ -19,57 +26,59 @@ struct InRows {
     Vector<L> at[R][P][kVectors];
   };
 
+  // Where the weights of the input channels lie whose values share a lane.
+  using Rows = const Element* const (&)[kPaired];
+
   // One tap of the window for the pixels [From, To) of the rows that are inside the image.
   template <int R, int P, int From, int To, bool Upper, bool Lower>
-  static GK_INLINE void tap(Sums<R, P>& sum, const float* x, int64_t step, int64_t line, const float* weight) {
-    Vector<L> w[kVectors];
+  static GK_INLINE void tap(Sums<R, P>& sum, const Element* x, int64_t step, int64_t line, Rows weight,
+                            int64_t offset) {
+    Operand w[kVectors];
+    Numbers::load_weights(weight, offset, w);
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      w[v] = load<L>(weight + v * L);
-      pin<L>(w[v]);
-    }
+    for (int v = 0; v < kVectors; ++v) pin(w[v]);
 #pragma GCC unroll 2
     for (int i = Upper ? 0 : 1; i < (Lower ? 2 : 1); ++i) {
 #pragma GCC unroll 16
       for (int p = From; p < To; ++p) {
-        Vector<L> value = broadcast<L>(x[i * line + p * step]);
-        pin<L>(value);
+        Operand value = Numbers::spread(x + i * line + p * step);
+        pin(value);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum.at[i][p][v] += value * w[v];
+        for (int v = 0; v < kVectors; ++v) Numbers::multiply_add(sum.at[i][p][v], value, w[v]);
       }
     }
   }
 
   template <int S, int R, int P, bool Upper, bool Lower>
-  static GK_INLINE void taps(Sums<R, P>& sum, const float* x, int64_t pixel_step, int64_t step, int64_t line,
-                             const float* weight, bool left, bool right) {
+  static GK_INLINE void taps(Sums<R, P>& sum, const Element* x, int64_t pixel_step, int64_t step, int64_t line,
+                             Rows weight, int64_t offset, bool left, bool right) {
     if constexpr (S == 1) {
-      tap<R, P, 0, P, Upper, Lower>(sum, x, step, line, weight);
+      tap<R, P, 0, P, Upper, Lower>(sum, x, step, line, weight, offset);
     } else {
       if (left) {
-        tap<R, P, 1, P, Upper, Lower>(sum, x, step, line, weight);
+        tap<R, P, 1, P, Upper, Lower>(sum, x, step, line, weight, offset);
       } else {
-        tap<R, P, 0, P, Upper, Lower>(sum, x, step, line, weight);
+        tap<R, P, 0, P, Upper, Lower>(sum, x, step, line, weight, offset);
       }
-      tap<R, P, 0, P, Upper, Lower>(sum, x + pixel_step, step, line, weight + kBlock);
+      tap<R, P, 0, P, Upper, Lower>(sum, x + pixel_step, step, line, weight, offset + kBlock);
       if (right) {
-        tap<R, P, 0, P - 1, Upper, Lower>(sum, x + 2 * pixel_step, step, line, weight + 2 * kBlock);
+        tap<R, P, 0, P - 1, Upper, Lower>(sum, x + 2 * pixel_step, step, line, weight, offset + 2 * kBlock);
       } else {
-        tap<R, P, 0, P, Upper, Lower>(sum, x + 2 * pixel_step, step, line, weight + 2 * kBlock);
+        tap<R, P, 0, P, Upper, Lower>(sum, x + 2 * pixel_step, step, line, weight, offset + 2 * kBlock);
       }
     }
   }
 
-  // Unit: neighbouring output pixels read neighbouring floats.
+  // Unit: neighbouring output pixels read neighbouring values, or pairs of them.
   template <int S, bool Unit, int R, int P>
-  static void tile(const InConv& conv, const float* x, const int32_t* channels, int count, int lane, int row, int pixel,
-                   int64_t ahead, bool cold, const float* residual, float* y) {
+  static void tile(const Conv& conv, const Element* x, const int32_t* channels, int count, int lane, int row, int pixel,
+                   int64_t ahead, bool cold, const Element* residual, Element* y) {
     const Geometry& g = conv.size;
     constexpr int kRow = S * S * kBlock;
-    const float* weight = conv.weight + int64_t{lane / kBlock} * conv.C * kRow + lane % kBlock;
-    const int64_t pixel_step = Unit ? 1 : conv.pixel_step, line = conv.row_step;
-    const int64_t step = Unit ? 1 : pixel_step * g.stride;
-    const float* corner = x + input_row(g, row, 0) * line + (int64_t{pixel} * g.stride - S / 2) * pixel_step;
+    const Element* weight = conv.weight + int64_t{lane / kBlock} * conv.C * kRow + lane % kBlock;
+    const int64_t pixel_step = Unit ? kPaired : conv.pixel_step, line = conv.row_step;
+    const int64_t step = Unit ? kPaired : pixel_step * g.stride;
+    const Element* corner = x + input_row(g, row, 0) * line + (int64_t{pixel} * g.stride - S / 2) * pixel_step;
     const bool left = reads_left(g, pixel), right = reads_right(g, pixel + P - 1);
     const int valid = conv.K - lane;  // output channels from here on
 
@@ -77,25 +86,22 @@ struct InRows {
     for (int i = 0; i < R; ++i) {
       const int64_t at = (int64_t{row + i} * g.OW + pixel) * conv.K + lane;
       for (int p = 0; p < P; ++p) {
-        for (int cache_line = 0; cache_line < kVectors * L; cache_line += 16) {
+        for (int cache_line = 0; cache_line < kVectors * L; cache_line += kLine) {
           __builtin_prefetch(y + at + p * conv.K + cache_line, 1);
           if (residual) __builtin_prefetch(residual + at + p * conv.K + cache_line);
         }
       }
     }
 
+    Vector<L> bias[kVectors] = {};
+    if (conv.bias) Numbers::load_pixel(conv.bias + lane, valid, bias);
     Sums<R, P> sum;
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const int rest = valid - v * L;
-      Vector<L> bias = {};
-      if (conv.bias && rest > 0) {
-        bias = rest >= L ? load<L>(conv.bias + lane + v * L) : load_first<L>(conv.bias + lane + v * L, rest);
-      }
-#pragma GCC unroll 2
-      for (int i = 0; i < R; ++i) {
+    for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 16
-        for (int p = 0; p < P; ++p) sum.at[i][p][v] = bias;
+      for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum.at[i][p][v] = bias[v];
       }
     }
 
@@ -104,31 +110,43 @@ struct InRows {
       upper[r] = inside(g, input_row(g, row, r));
       lower[r] = R == 2 && inside(g, input_row(g, row + 1, r));
     }
+    static constexpr Element kZeros[kRow] = {};
     // One long chain of additions would lose digits: sums of some channels are added to the total at a time.
     Sums<R, P> total = {};
     for (int from = 0; from < count; from += kChain) {
-      const int to = from + kChain < count ? from + kChain : count;
-      for (int j = from; j < to; ++j) {
+      const int to = count - from > kChain ? from + kChain : count;
+      for (int j = from; j < to; j += kPaired) {
         const int channel = channels ? channels[j] : j;
-        const float* in = corner + (conv.gathered ? channel : j) * conv.channel_step;
-        const float* w = weight + channel * int64_t{kRow};
+        const Element* in = corner + (conv.gathered ? channel : j / kPaired) * conv.channel_step;
+        const Element* rows[kPaired];
+        rows[0] = weight + channel * int64_t{kRow};
+        if constexpr (kPaired == 2) {
+          rows[1] = j + 1 < count ? weight + (channels ? channels[j + 1] : j + 1) * int64_t{kRow} : kZeros;
+        }
         if (cold) {
-          const int soon = j + kAhead < count ? j + kAhead : count - 1;
-          const float* next = weight + (channels ? channels[soon] : soon) * int64_t{kRow};
-          for (int at = 0; at < kRow; at += 16) __builtin_prefetch(next + at);
+#pragma GCC unroll 2
+          for (int i = 0; i < kPaired; ++i) {
+            const int soon = j + i + kAhead < count ? j + i + kAhead : count - 1;
+            const Element* next = weight + (channels ? channels[soon] : soon) * int64_t{kRow};
+            for (int at = 0; at < kRow; at += kLine) __builtin_prefetch(next + at);
+          }
         }
         if (ahead) {
-          for (int at = 0; at < kRow; at += 16) __builtin_prefetch(w + ahead + at, 0, 2);
+#pragma GCC unroll 2
+          for (int i = 0; i < kPaired; ++i) {
+            for (int at = 0; at < kRow; at += kLine) __builtin_prefetch(rows[i] + ahead + at, 0, 2);
+          }
         }
-        for (int r = 0; r < S; ++r, in += line, w += S * kBlock) {
+        int64_t offset = 0;
+        for (int r = 0; r < S; ++r, in += line, offset += S * kBlock) {
           if constexpr (R == 1) {
-            if (upper[r]) taps<S, R, P, true, false>(sum, in, pixel_step, step, line, w, left, right);
+            if (upper[r]) taps<S, R, P, true, false>(sum, in, pixel_step, step, line, rows, offset, left, right);
           } else if (upper[r] && lower[r]) {
-            taps<S, R, P, true, true>(sum, in, pixel_step, step, line * g.stride, w, left, right);
+            taps<S, R, P, true, true>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
           } else if (upper[r]) {
-            taps<S, R, P, true, false>(sum, in, pixel_step, step, line * g.stride, w, left, right);
+            taps<S, R, P, true, false>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
           } else if (lower[r]) {
-            taps<S, R, P, false, true>(sum, in, pixel_step, step, line * g.stride, w, left, right);
+            taps<S, R, P, false, true>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
           }
         }
       }
@@ -152,28 +170,20 @@ struct InRows {
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
         const int64_t at = (int64_t{row + i} * g.OW + pixel + p) * conv.K + lane;
+        Vector<L> skip[kVectors] = {};
+        if (residual) Numbers::load_pixel(residual + at, valid, skip);
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
-          const int rest = valid - v * L;
-          if (rest <= 0) continue;
-          Vector<L> out = sum.at[i][p][v];
-          if (residual) {
-            const float* from = residual + at + v * L;
-            out += rest >= L ? load<L>(from) : load_first<L>(from, rest);
-          }
-          if (conv.relu) out = relu<L>(out);
-          if (rest >= L) {
-            store<L>(y + at + v * L, out);
-          } else {
-            store_first<L>(y + at + v * L, out, rest);
-          }
+          skip[v] += sum.at[i][p][v];
+          if (conv.relu) skip[v] = Numbers::relu(skip[v]);
         }
+        Numbers::store_pixel(y + at, valid, skip);
       }
     }
   }
 
-  using Tile = void (*)(const InConv&, const float*, const int32_t*, int, int, int, int, int64_t, bool, const float*,
-                        float*);
+  using Tile = void (*)(const Conv&, const Element*, const int32_t*, int, int, int, int, int64_t, bool, const Element*,
+                        Element*);
 
   template <int S, bool Unit, int R, int Most>
   static constexpr std::array<Tile, Most> table() {
@@ -183,8 +193,8 @@ struct InRows {
   }
 
   template <int S, bool Unit, int R, int Most>
-  static void walk(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int last,
-                   int row, int end, const float* residual, float* y) {
+  static void walk(const Conv& conv, const Element* x, const int32_t* channels, int count, int block, int last,
+                   int row, int end, const Element* residual, Element* y) {
     static constexpr auto kTiles = table<S, Unit, R, Most>();
     const RowCut cut(conv.size.OW, (conv.size.OW + Most - 1) / Most);
     const int lanes = last * kBlock < conv.K ? last * kBlock : conv.K;
@@ -208,8 +218,8 @@ struct InRows {
   }
 
   template <int S, bool Unit>
-  static void rows(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int last, int row,
-                   int end, const float* residual, float* y) {
+  static void rows(const Conv& conv, const Element* x, const int32_t* channels, int count, int block, int last, int row,
+                   int end, const Element* residual, Element* y) {
     constexpr int kNarrow = L == 16 ? 6 : 3;  // images this narrow fill a tile with two rows
     int paired = row;
     if (conv.size.OW <= kNarrow) {
@@ -221,9 +231,9 @@ struct InRows {
     }
   }
 
-  static void run(const InConv& conv, const float* x, const int32_t* channels, int count, int block, int last, int row,
-                  int end, const float* residual, float* y) {
-    const bool unit = conv.pixel_step == 1 && conv.size.stride == 1;
+  static void run(const Conv& conv, const Element* x, const int32_t* channels, int count, int block, int last, int row,
+                  int end, const Element* residual, Element* y) {
+    const bool unit = conv.pixel_step == kPaired && conv.size.stride == 1;
     auto* chosen = conv.size.S == 1 ? rows<1, false> : unit ? rows<3, true> : rows<3, false>;
     chosen(conv, x, channels, count, block, last, row, end, residual, y);
   }

@@ -32,12 +32,12 @@ struct InTiles {
 #pragma GCC unroll 2
         for (int i = 0; i < kVectors; ++i) {
           w[i] = load<L>(row + i * L);
-          pin<L>(w[i]);
+          pin(w[i]);
         }
 #pragma GCC unroll 16
         for (int p = 0; p < P; ++p) {
           Vector<L> value = broadcast<L>(in[p]);
-          pin<L>(value);
+          pin(value);
 #pragma GCC unroll 2
           for (int i = 0; i < kVectors; ++i) sum[p][i] += value * w[i];
         }

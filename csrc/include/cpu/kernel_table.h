@@ -4,6 +4,7 @@
 #include "cpu/gate_rows.h"
 #include "cpu/in_rows.h"
 #include "cpu/in_tiles.h"
+#include "cpu/numbers.h"
 #include "cpu/out_rows.h"
 #include "cpu/out_tiles.h"
 #include "cpu/stem_rows.h"
@@ -13,8 +14,8 @@ namespace gatedkernels {
 template <int L>
 constexpr Kernels kernels_of(const char* name) {
   return {name,
-          OutRows<L>::run,
-          InRows<L>::run,
+          OutRows<Float32<L>>::run,
+          InRows<Float32<L>>::run,
           Tiles<L>::from_image,
           Tiles<L>::from_planes,
           OutTiles<L>::run,

@@ -14,27 +14,32 @@ struct Geometry {
 };
 
 // Out-gated: reads every channel of an NHWC image, writes one plane for each listed output channel.
-struct OutConv {
+template <class Element>
+struct OutConvOf {
   Geometry size;
   int C;
-  const float* weight;  // (K, S, S, C)
-  const float* bias;    // (K), or null
-  int64_t plane;        // floats from one output plane to the next
+  const Element* weight;  // (K, S, S, C)
+  const Element* bias;    // (K), or null
+  int64_t plane;          // elements from one output plane to the next
   bool relu;
   int turns = 0;  // after how many runs of as many channels this thread will probably go on; 0: nobody knows
 };
 
 // In-gated: reads the listed input channels wherever they lie, writes NHWC pixels of all K output channels.
-struct InConv {
+template <class Element>
+struct InConvOf {
   Geometry size;
   int C, K;
-  const float* weight;  // (K / kBlock, C, S, S, kBlock), zeros where K ends
-  const float* bias;    // (K), or null
-  int64_t channel_step, row_step, pixel_step;  // floats between neighbours in the input
+  const Element* weight;  // (K / kBlock, C, S, S, kBlock), zeros where K ends
+  const Element* bias;    // (K), or null
+  int64_t channel_step, row_step, pixel_step;  // elements between neighbours in the input
   bool gathered;  // the input holds all channels (step by the listed ones), or the listed ones only (step by position)
   bool relu;
   int turns = 0;  // after how many runs of as many blocks this thread will probably go on; 0: nobody knows
 };
+
+using OutConv = OutConvOf<float>;
+using InConv = InConvOf<float>;
 
 // The first convolution of a network: every value of a padded NHWC image of few channels to all K output channels.
 struct StemConv {
@@ -120,7 +125,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #endif
 
-// The best kernels that this processor runs; GATEDKERNELS_ISA (portable, avx2, avx512) caps the choice.
+// The best kernels that this processor runs; GATEDKERNELS_ISA (portable, avx2, avx512, avx512bf16) caps the choice.
 const Kernels& kernels();
 
 }  // namespace gatedkernels

@@ -1,20 +1,25 @@
 // The out-gated kernel: lanes run along the input channels, so an active output channel is nothing but a pointer.
-// L lanes; a tile is R rows of P pixels times T output channels, all partial sums over the lanes in registers.
+// A tile is R rows of P pixels times T output channels, all partial sums over the lanes in registers.
 #pragma once
 
+#include "cpu/numbers.h"
 #include "cpu/rows.h"
 
 namespace gatedkernels {
 
-template <int L>
+template <class Numbers>
 struct OutRows {
+  using Element = typename Numbers::Element;
+  using Operand = typename Numbers::Operand;
+  using Conv = OutConvOf<Element>;
+  static constexpr int L = Numbers::kLanes;
   static constexpr int kMostPixels = L == 16 ? 12 : 6;
   static constexpr int64_t kColumnBytes = 20 << 10;
 
   // Output channels in a tile of this many pixels.
   static constexpr int channels_for(int pixels) {
     const int fit = kAccumulators<L> / pixels;
-    return fit < 4 ? fit : 4;
+    return fit < 4 ? fit / Numbers::kPaired * Numbers::kPaired : 4;
   }
 
   template <int R, int P, int T>
@@ -24,52 +29,54 @@ struct OutRows {
 
   // One tap of the window for the pixels [From, To) of the rows that are inside the image.
   template <bool Fetch, int R, int P, int T, int From, int To, bool Upper, bool Lower>
-  static GK_INLINE void tap(Sums<R, P, T>& sum, const OutConv& conv, const float* x, int64_t step, int64_t line,
-                            const float* const* weight, const float* const* ahead, int64_t offset) {
-    const float* ws[T];
-    const float* next[T];
+  static GK_INLINE void tap(Sums<R, P, T>& sum, const Conv& conv, const Element* x, int64_t step, int64_t line,
+                            const Element* const* weight, const Element* const* ahead, int64_t offset) {
+    const Element* ws[T];
+    const Element* next[T];
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       ws[t] = weight[t] + offset;
       if constexpr (Fetch) next[t] = ahead[t] + offset;
     }
     auto accumulate = [&](auto read) __attribute__((always_inline)) {
-      Vector<L> w[T];
+      Operand w[T];
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
         w[t] = read(ws[t]);
-        pin<L>(w[t]);
+        pin(w[t]);
       }
 #pragma GCC unroll 2
       for (int i = Upper ? 0 : 1; i < (Lower ? 2 : 1); ++i) {
 #pragma GCC unroll 12
         for (int p = From; p < To; ++p) {
-          Vector<L> v = read(x + i * line + p * step);
-          pin<L>(v);
+          Operand v = read(x + i * line + p * step);
+          pin(v);
 #pragma GCC unroll 4
-          for (int t = 0; t < T; ++t) sum.at[i][p][t] += v * w[t];
+          for (int t = 0; t < T; ++t) Numbers::multiply_add(sum.at[i][p][t], v, w[t]);
         }
       }
     };
+    constexpr int kStep = L * Numbers::kPaired;
     int c = 0;
-    for (; c + L <= conv.C; c += L) {
+    for (; c + kStep <= conv.C; c += kStep) {
       if constexpr (Fetch) {
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) __builtin_prefetch(next[t] + c, 0, 2);
       }
-      accumulate([c](const float* from) __attribute__((always_inline)) { return load<L>(from + c); });
+      accumulate([c](const Element* from) __attribute__((always_inline)) { return Numbers::load(from + c); });
     }
     if (c < conv.C) {
       const int rest = conv.C - c;
-      accumulate([c, rest](const float* from) __attribute__((always_inline)) {
-        return load_first<L>(from + c, rest);
+      accumulate([c, rest](const Element* from) __attribute__((always_inline)) {
+        return Numbers::load_first(from + c, rest);
       });
     }
   }
 
   template <bool Fetch, int R, int P, int T, bool Upper, bool Lower>
-  static GK_INLINE void taps(Sums<R, P, T>& sum, const OutConv& conv, const float* x, int64_t step, int64_t line,
-                             const float* const* weight, const float* const* ahead, int64_t offset, bool left, bool right) {
+  static GK_INLINE void taps(Sums<R, P, T>& sum, const Conv& conv, const Element* x, int64_t step, int64_t line,
+                             const Element* const* weight, const Element* const* ahead, int64_t offset, bool left,
+                             bool right) {
     const int S = conv.size.S;
     for (int s = 0; s < S; ++s, x += conv.C, offset += conv.C) {
       if (left && s == 0) {
@@ -84,15 +91,15 @@ struct OutRows {
 
   // Fetch: the weights of the listed channels `ahead` are brought nearer meanwhile.
   template <bool Fetch, int R, int P, int T>
-  static void tile(const OutConv& conv, const float* x, const int32_t* channels, const int32_t* next, int row, int pixel,
-                   float* planes) {
+  static void tile(const Conv& conv, const Element* x, const int32_t* channels, const int32_t* next, int row, int pixel,
+                   Element* planes) {
     const Geometry& g = conv.size;
     const int S = g.S;
     const int64_t filter = int64_t{S} * S * conv.C;
     const int64_t step = int64_t{g.stride} * conv.C, line = int64_t{g.W} * conv.C;
     const bool left = reads_left(g, pixel), right = reads_right(g, pixel + P - 1);
-    const float* weight[T];
-    const float* ahead[T];
+    const Element* weight[T];
+    const Element* ahead[T];
     for (int t = 0; t < T; ++t) {
       weight[t] = conv.weight + channels[t] * filter;
       if constexpr (Fetch) ahead[t] = conv.weight + next[t] * filter;
@@ -100,7 +107,7 @@ struct OutRows {
     Sums<R, P, T> sum = {};
     for (int r = 0; r < S; ++r) {
       const int first = input_row(g, row, r);
-      const float* in = x + first * line + (int64_t{pixel} * g.stride - S / 2) * conv.C;
+      const Element* in = x + first * line + (int64_t{pixel} * g.stride - S / 2) * conv.C;
       const int64_t offset = int64_t{r} * S * conv.C;
       const bool upper = inside(g, first), lower = R == 2 && inside(g, first + g.stride);
       if constexpr (R == 1) {
@@ -113,31 +120,13 @@ struct OutRows {
         taps<Fetch, R, P, T, false, true>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
       }
     }
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-      for (int i = 0; i < R; ++i) {
-        float* to = planes + t * conv.plane + int64_t{row + i} * g.OW + pixel;
-#pragma GCC unroll 3
-        for (int q = 0; q < P; q += 4) {
-          // Four pixels at a time; the last four overlap with those before them rather than end in a partial store.
-          const int p = q + 4 <= P ? q : P > 4 ? P - 4 : 0;
-          constexpr int last = P - 1;
-          Quad y = sums<L>(sum.at[i][p][t], sum.at[i][p + 1 < P ? p + 1 : last][t],
-                           sum.at[i][p + 2 < P ? p + 2 : last][t], sum.at[i][p + 3 < P ? p + 3 : last][t]);
-          if (conv.bias) y += broadcast<4>(conv.bias[channels[t]]);
-          if (conv.relu) y = relu<4>(y);
-          if constexpr (P >= 4) {
-            store<4>(to + p, y);
-          } else {
-            store_first<4>(to, y, P);
-          }
-        }
-      }
+    for (int i = 0; i < R; ++i) {
+      Numbers::template store_planes<P, T>(sum.at[i], conv, channels, planes, int64_t{row + i} * g.OW + pixel);
     }
   }
 
-  using Tile = void (*)(const OutConv&, const float*, const int32_t*, const int32_t*, int, int, float*);
+  using Tile = void (*)(const Conv&, const Element*, const int32_t*, const int32_t*, int, int, Element*);
   using ByChannels = std::array<std::array<Tile, 2>, 4>;
 
   template <int R, int P>
@@ -167,14 +156,14 @@ struct OutRows {
   }
 
   template <int R, int Most>
-  static void walk(const OutConv& conv, const float* x, const int32_t* channels, int count, int listed, int row,
-                   int end, float* planes) {
+  static void walk(const Conv& conv, const Element* x, const int32_t* channels, int count, int listed, int row,
+                   int end, Element* planes) {
     static constexpr auto kTiles = table<R, Most>();
     const RowCut cut = best_cut<R, Most>(conv.size.OW);
     const int most = channels_for(R * cut.widest());
     // Column by column, so that the rows of a column stay in the first-level cache; all channels of some rows of it,
     // where these rows are small enough to stay there for all of them.
-    const int64_t row_bytes = int64_t{cut.size + 3} * conv.size.stride * conv.C * static_cast<int64_t>(sizeof(float));
+    const int64_t row_bytes = int64_t{cut.size + 3} * conv.size.stride * conv.C * static_cast<int64_t>(sizeof(Element));
     const int few = static_cast<int>(kColumnBytes / (row_bytes * conv.size.stride)) / R * R;
     const int band = few >= 4 * R ? few : end - row;
     for (int from = row; from + R <= end; from += band) {
@@ -189,7 +178,7 @@ struct OutRows {
           bool fetch = from == row && i == 0 && far > j && far + many <= listed;
           for (int y = from; y + R <= to; y += R, fetch = false) {
             kTiles[width - 1][many - 1][fetch](conv, x, channels + j, channels + far, y, pixel,
-                                               planes + j * conv.plane);
+                                               planes + j / Numbers::kPaired * conv.plane);
           }
         }
         pixel += width;
@@ -197,8 +186,8 @@ struct OutRows {
     }
   }
 
-  static void run(const OutConv& conv, const float* x, const int32_t* channels, int count, int listed, int row, int end,
-                  float* planes) {
+  static void run(const Conv& conv, const Element* x, const int32_t* channels, int count, int listed, int row, int end,
+                  Element* planes) {
     constexpr int kNarrow = L == 16 ? 4 : 2;  // images this narrow fill a tile with two rows
     int paired = row;
     if (conv.size.OW <= kNarrow) {

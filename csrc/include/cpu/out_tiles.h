@@ -35,12 +35,12 @@ struct OutTiles {
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
           values[p] = load<M>(in + p * M);
-          if constexpr (T > 1) pin<M>(values[p]);
+          if constexpr (T > 1) pin(values[p]);
         }
 #pragma GCC unroll 16
         for (int t = 0; t < T; ++t) {
           Vector<M> u = broadcast<M>(w[t][c]);
-          if constexpr (P > 1) pin<M>(u);
+          if constexpr (P > 1) pin(u);
 #pragma GCC unroll 4
           for (int p = 0; p < P; ++p) sum[p][t] += values[p] * u;
         }

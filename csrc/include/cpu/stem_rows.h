@@ -31,12 +31,12 @@ struct StemRows {
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
           w[v] = load<L>(weight + v * L);
-          pin<L>(w[v]);
+          pin(w[v]);
         }
 #pragma GCC unroll 16
         for (int p = 0; p < P; ++p) {
           Vector<L> value = broadcast<L>(in[p * step + i]);
-          pin<L>(value);
+          pin(value);
 #pragma GCC unroll 2
           for (int v = 0; v < kVectors; ++v) sum[p][v] += value * w[v];
         }

@@ -136,7 +136,7 @@ struct Tiles {
         const float* column = corner + i + c % 2 * table + c / 2;
         Vector<M> d0 = load<M>(column), d1 = load<M>(column + 2 * table), d2 = load<M>(column + pitch),
                   d3 = load<M>(column + 2 * table + pitch);
-        pin<M>(d0), pin<M>(d1), pin<M>(d2), pin<M>(d3);
+        pin(d0), pin(d1), pin(d2), pin(d3);
         t[0][c] = d0 - d2, t[1][c] = d1 + d2, t[2][c] = d2 - d1, t[3][c] = d1 - d3;
       }
 #pragma GCC unroll 4

@@ -50,12 +50,12 @@ GK_INLINE Vector<L> broadcast(float value) {
 
 // Holds a value in a register. Without it the compiler folds the load into every multiplication that uses the value,
 // and the loop is bound by loads.
-template <int L>
-GK_INLINE void pin(Vector<L>& v) {
+template <class V>
+GK_INLINE void pin(V& v) {
 #if defined(__x86_64__)
-  if constexpr (L == 16) {
+  if constexpr (sizeof v == 64) {
     asm("" : "+v"(v));
-  } else if constexpr (L >= 4) {
+  } else if constexpr (sizeof(V) >= 16) {
     asm("" : "+x"(v));
   }
 #endif

@@ -1,0 +1,17 @@
+// The packed gated basic block, for the dtypes that it has drivers for.
+#pragma once
+
+#include "tensors.h"
+
+namespace gatedkernels {
+
+// The operator, for float32 and bfloat16.
+Tensor packed_block(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
+                    const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2, const Tensor& mask,
+                    const MaybeTensor& residual, int64_t stride);
+
+// The same for bfloat16 alone; shapes are checked already.
+Tensor packed_block_bf16(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
+                         const Tensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride);
+
+}  // namespace gatedkernels

@@ -1,0 +1,31 @@
+// The kernels of kernels.h for bfloat16 in memory, which processors with AVX512-BF16 have. Sums are in float32, and the
+// hidden activation between the two kernels is rounded once.
+// A plane holds a pair of channels, interleaved: the listed channels 0 and 1, 2 and 3, …, an odd last one with zeros.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace gatedkernels {
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+struct Bf16Kernels {
+  // As in Kernels; planes points at the plane of the first listed channel, which is the first of its pair.
+  void (*out_rows)(const OutConvOf<Bf16>&, const Bf16* x, const int32_t* channels, int count, int listed, int row,
+                   int end, Bf16* planes);
+  // As in Kernels; x holds planes, channel_step is from pair to pair.
+  void (*in_rows)(const InConvOf<Bf16>&, const Bf16* x, const int32_t* channels, int count, int block, int last,
+                  int row, int end, const Bf16* residual, Bf16* y);
+  void (*add_pixels)(const Bf16* x, int64_t pixels, int64_t step, int64_t C, float* sum);  // as in Kernels
+};
+
+#if defined(__x86_64__)
+extern const Bf16Kernels kAvx512Bf16Kernels;
+#endif
+
+// The kernels that this processor runs, or null; see `kernels` for GATEDKERNELS_ISA.
+const Bf16Kernels* bf16_kernels();
+
+}  // namespace gatedkernels
