@@ -10,7 +10,7 @@ if (_CHECKOUT / "models").is_dir() and (_CHECKOUT / "csrc").is_dir():
     __path__.append(str(_CHECKOUT))
 
 from gatedkernels.nn import ChannelGate, Gate, GatedConv2d, count_flops, fix_gates
-from gatedkernels.ops import conv_in, conv_out, gated_block, gated_conv2d, plan
+from gatedkernels.ops import conv_in, conv_out, gated_block, gated_conv2d, gated_linear, plan
 
 if TYPE_CHECKING:
     from gatedkernels import models, nn
@@ -31,6 +31,7 @@ __all__ = [
     "gate",
     "gated_block",
     "gated_conv2d",
+    "gated_linear",
     "models",
     "nn",
     "optimize",

@@ -73,3 +73,30 @@ def choose(
     if kernel != "conv_in" and not x.is_contiguous(memory_format=torch.channels_last):
         threshold = min(threshold, CPU_CONVERTED_THRESHOLD)
     return Choice("cpu", threshold)
+
+
+# The same for linear layers: rows of (tokens that share one use of packed weights up to which the row holds, density).
+# "linear_out" packs weights for every sample, "linear_in" once for all samples.
+LINEAR_THRESHOLDS: dict[str, tuple[tuple[float, float], ...]] = {
+    "linear_out": ((math.inf, 0.9),),
+    "linear_in": ((math.inf, 0.9),),
+}
+FEW_TOKENS = 8  # of one mask: gathering for its gradient costs more than it saves
+
+
+def linear_problem(x: Tensor) -> str | None:
+    """Why the CPU kernels cannot serve this linear layer, or None."""
+    if _extension.CPU_ERROR is not None:
+        return f"is not available: {_extension.CPU_ERROR}"
+    if x.device.type != "cpu":
+        return f"needs tensors on the CPU, got x on {x.device}"
+    if x.dtype != torch.float32:
+        return f"computes in torch.float32, got x of {x.dtype}"
+    return None
+
+
+def choose_linear(x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) -> Choice:
+    """The backend for a linear layer with these masks; looks at shapes, dtypes and devices, never at values."""
+    if linear_problem(x) is not None:
+        return Choice("dense", 1.0)
+    return Choice("cpu", 0.9)

@@ -10,11 +10,21 @@
 
 #include "cpu/gate_rows.h"
 #include "cpu/in_rows.h"
+#include "cpu/linear_rows.h"
 #include "cpu/out_rows.h"
 
 namespace gatedkernels {
 
-const Kernels kAvx512Kernels = {"avx512", OutRows<16>::run, InRows<16>::run, GateRows<16>::add_pixels, GateRows<16>::linear};
+const Kernels kAvx512Kernels = {
+    "avx512",
+    OutRows<16>::run,
+    InRows<16>::run,
+    GateRows<16>::add_pixels,
+    GateRows<16>::linear,
+    LinearRows<16>::panel,
+    LinearRows<16>::gather_rows,
+    LinearRows<16>::spread,
+};
 
 }  // namespace gatedkernels
 

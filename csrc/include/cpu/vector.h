@@ -45,7 +45,7 @@ __attribute__((noinline)) void store_first(float* to, Vector<L> v, int count) {
 
 template <int L>
 GK_INLINE Vector<L> broadcast(float value) {
-  return Vector<L>{} + value;
+  return value - Vector<L>{};  // a load: adding zero would be an addition, for the sake of negative zeros
 }
 
 // Holds a value in a register. Without it the compiler folds the load into every multiplication that uses the value,
