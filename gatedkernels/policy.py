@@ -75,13 +75,17 @@ def choose(
     return Choice("cpu", threshold)
 
 
-# The same for linear layers: rows of (tokens that share one use of packed weights up to which the row holds, density).
-# "linear_out" packs weights for every sample, "linear_in" once for all samples.
+# The same for linear layers: up to which part of the work they beat the dense call. "linear_out" packs the weights of
+# every mask, so what counts are the tokens of one mask; "linear_in" packs once for all, so those of the batch count.
 LINEAR_THRESHOLDS: dict[str, tuple[tuple[float, float], ...]] = {
-    "linear_out": ((math.inf, 0.9),),
-    "linear_in": ((math.inf, 0.9),),
+    "linear_out": ((1, 0.1), (3, 0.3), (24, 0.5), (48, 0.6), (128, 0.8), (math.inf, 0.9)),
+    "linear_in": ((32, 0.3), (64, 0.45), (128, 0.65), (512, 0.8), (math.inf, 1.0)),
 }
-FEW_TOKENS = 8  # of one mask: gathering for its gradient costs more than it saves
+# Below so many tokens in all the call itself costs as much as what it saves.
+LINEAR_LEAST = 16
+# Up to so many tokens of one mask an output is a dot product with a row of weights as it lies: a mask of inputs saves
+# nothing there, and gathering for the weights' gradient costs more than it saves.
+LINEAR_FEW = 24
 
 
 def linear_problem(x: Tensor) -> str | None:
@@ -99,4 +103,19 @@ def choose_linear(x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) ->
     """The backend for a linear layer with these masks; looks at shapes, dtypes and devices, never at values."""
     if linear_problem(x) is not None:
         return Choice("dense", 1.0)
-    return Choice("cpu", 0.9)
+    shared = x.ndim > 2 and all(mask is None or mask.ndim < x.ndim for mask in (in_mask, out_mask))
+    if torch.compiler.is_compiling() or not all(isinstance(size, int) for size in x.shape):
+        tokens, rows = 1 << 20 if shared else 1, 1 << 20  # one graph for all sizes: take them for large ones
+    else:
+        tokens = math.prod(x.shape[1:-1]) if shared else 1
+        rows = math.prod(x.shape[:-1])
+    both = in_mask is not None and out_mask is not None
+    if rows < LINEAR_LEAST or (both and tokens <= LINEAR_FEW):
+        return Choice("dense", 1.0)
+    by_mask, by_batch = (
+        next(density for most, density in LINEAR_THRESHOLDS[kernel] if size <= most)
+        for kernel, size in (("linear_out", tokens), ("linear_in", rows))
+    )
+    if out_mask is not None:
+        return Choice("cpu", by_mask)
+    return Choice("cpu", min(by_mask, by_batch) if tokens <= LINEAR_FEW else by_batch)

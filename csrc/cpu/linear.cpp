@@ -9,7 +9,7 @@
 namespace gatedkernels {
 namespace {
 
-constexpr int64_t kFewTokens = 6;     // of one mask: too few to pack weights for
+constexpr int64_t kFewTokens = 24;    // of one mask: too few to pack weights for
 constexpr int64_t kMostTokens = 256;  // of one item: what a panel of units computes stays in the second-level cache
 constexpr int64_t kMostPanels = 4;    // of one item
 constexpr int64_t kSlack = 16;        // floats that may be read behind packed rows

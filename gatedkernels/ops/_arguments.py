@@ -83,7 +83,7 @@ def expand_token_mask(name: str, mask: Tensor | None, channels: int, group: int,
         return None
     _check_decisions(name, mask, channels, group, x)
     by_sample, by_token = ((*lead, channels // group) for lead in (x.shape[:1], x.shape[:-1]))
-    if tuple(mask.shape) not in {by_sample, by_token}:
+    if tuple(mask.shape) not in (by_sample, by_token):  # a tuple: symbolic sizes have no hash
         either = f"{by_sample}" if by_sample == by_token else f"{by_sample} or {by_token}"
         raise ValueError(f"{name} must have shape {either}, got {tuple(mask.shape)}")
     return mask if group == 1 else mask.repeat_interleave(group, -1)

@@ -76,9 +76,7 @@ def _forward(
     return launcher(x, weight, bias, in_mask, out_mask).contiguous()
 
 
-def _weight_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None
-) -> Tensor:
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
     """The weights' gradient, sample by sample from the open channels of that sample."""
     dweight = torch.zeros_like(weight)
     every = slice(None)
@@ -115,7 +113,7 @@ def _backward_cpu(
         dx = _launch_cpu(dy, weight.T, None, out_mask, None if dense_input_grad else in_mask)
     if output_mask[1]:
         rows, (ins, outs) = _by_mask(x, in_mask, out_mask)
-        if rows.shape[1] < policy.FEW_TOKENS:
+        if rows.shape[1] <= policy.LINEAR_FEW:
             _, dweight, _ = gated_linear_backward_reference(
                 dy, x, weight, in_mask, out_mask, dense_input_grad, (False, True, False)
             )
