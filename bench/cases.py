@@ -78,6 +78,25 @@ class FunctionalCase(_Case):
 
 
 @dataclass(frozen=True)
+class LinearCase(_Case):
+    """One of the two layers of a multilayer perceptron with four hidden units a channel, ``density`` of them open.
+
+    The baseline has its weights as PyTorch has them, as the gated call does, or packed beforehand.
+    """
+
+    gated: Literal["outputs", "inputs"]
+    channels: int
+    tokens: int
+    batch: int
+    density: float
+    baseline: Literal["eager", "prepacked"] = "eager"
+
+    def small(self) -> "LinearCase":
+        """The same in milliseconds, to see that it works."""
+        return replace(self, channels=self.channels // 8, tokens=min(self.tokens, 30), batch=min(self.batch, 3))
+
+
+@dataclass(frozen=True)
 class Limit:
     """What `bench.check` demands.
 
@@ -107,12 +126,24 @@ FUNCTIONALS = tuple(
     )
 )
 
+# ViT-Tiny on 224×224 images in patches of 28 pixels, ViT-Small in patches of 16.
+LINEARS = tuple(
+    LinearCase(gated, *shape, batch, density, baseline)
+    for gated, shape, batch, (density, baseline) in product(
+        ("outputs", "inputs"),
+        ((192, 65), (384, 197)),
+        BATCHES,
+        (*product((0.1, 0.3, 0.5, 0.75, 1.0), ("eager",)), (0.3, "prepacked")),
+    )
+)
+
 LIMITS = (
     Limit("block", "efficiency", 0.90, geomean=True),
     Limit("block", "speedup", NEVER_SLOWER),
     Limit("network", "speedup", 2.2, only=(("kept", 0.3),)),
     Limit("network", "speedup", 0.97, only=(("kept", 1.0),)),
     Limit("functional", "speedup", NEVER_SLOWER),
+    Limit("linear", "speedup", NEVER_SLOWER, only=(("baseline", "eager"),)),
 )
 
 

