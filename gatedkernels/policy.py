@@ -75,17 +75,22 @@ def choose(
     return Choice("cpu", threshold)
 
 
-# The same for linear layers: up to which part of the work they beat the dense call. "linear_out" packs the weights of
-# every mask, so what counts are the tokens of one mask; "linear_in" packs once for all, so those of the batch count.
-LINEAR_THRESHOLDS: dict[str, tuple[tuple[float, float], ...]] = {
-    "linear_out": ((1, 0.1), (3, 0.3), (24, 0.5), (48, 0.6), (128, 0.8), (math.inf, 0.9)),
-    "linear_in": ((32, 0.3), (64, 0.45), (128, 0.65), (512, 0.8), (math.inf, 1.0)),
-}
-# Below so many tokens in all the call itself costs as much as what it saves.
-LINEAR_LEAST = 16
+# The same for linear layers that pack the weights of every mask, or none: rows of (tokens of one mask up to which the row
+# holds, part of the work). One token: the list of its open units costs what it saves.
+LINEAR_THRESHOLDS: tuple[tuple[float, float], ...] = (
+    (1, 0.0),
+    (3, 0.3),
+    (24, 0.5),
+    (48, 0.6),
+    (128, 0.8),
+    (math.inf, 0.9),
+)
 # Up to so many tokens of one mask an output is a dot product with a row of weights as it lies: a mask of inputs saves
 # nothing there, and gathering for the weights' gradient costs more than it saves.
 LINEAR_FEW = 24
+# Tokens in all: below the first number the call itself costs what it saves; below the second, packing for inputs does;
+# up to the third, looking at the density and selecting afterwards costs more than the kernel loses.
+LINEAR_LEAST, LINEAR_LEAST_PACKED, LINEAR_ONE_SAMPLE = 16, 128, 256
 
 
 def linear_problem(x: Tensor) -> str | None:
@@ -110,12 +115,12 @@ def choose_linear(x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) ->
         tokens = math.prod(x.shape[1:-1]) if shared else 1
         rows = math.prod(x.shape[:-1])
     both = in_mask is not None and out_mask is not None
-    if rows < LINEAR_LEAST or (both and tokens <= LINEAR_FEW):
+    few = tokens <= LINEAR_FEW
+    threshold = next(density for most, density in LINEAR_THRESHOLDS if tokens <= most)
+    if rows < LINEAR_LEAST or threshold == 0 or (both and few):
         return Choice("dense", 1.0)
-    by_mask, by_batch = (
-        next(density for most, density in LINEAR_THRESHOLDS[kernel] if size <= most)
-        for kernel, size in (("linear_out", tokens), ("linear_in", rows))
-    )
-    if out_mask is not None:
-        return Choice("cpu", by_mask)
-    return Choice("cpu", min(by_mask, by_batch) if tokens <= LINEAR_FEW else by_batch)
+    if not few and (out_mask is None or rows <= LINEAR_ONE_SAMPLE):
+        return Choice("cpu", 1.0)
+    if out_mask is None and rows < LINEAR_LEAST_PACKED:
+        threshold = min(threshold, 0.3)
+    return Choice("cpu", threshold)

@@ -71,18 +71,23 @@ def choose_linear(shape: tuple[int, ...], masks: str, by_token: bool = False, **
 @needs_cpu
 @pytest.mark.parametrize("masks", ["in", "out"])
 def test_linear_layers_of_more_tokens_pay_more(masks: str):
-    thresholds = [choose_linear((n, 65, 8), masks).threshold for n in (1, 2, 4, 64)]
+    thresholds = [choose_linear((16, t, 8), masks).threshold for t in (2, 4, 24, 65, 197)]
     assert thresholds == sorted(thresholds)
-    thresholds = [choose_linear((16, t, 8), masks).threshold for t in (1, 2, 24, 65, 197)]
-    assert thresholds == sorted(thresholds)
-    assert choose_linear((16, 197, 8), masks, by_token=True) == choose_linear((16 * 197, 8), masks)
+    assert thresholds[0] < 0.5 < thresholds[-1]
+    assert choose_linear((8, 8, 8), masks).threshold <= choose_linear((64, 8, 8), masks).threshold
 
 
 @needs_cpu
 def test_linear_layers_that_pay_nothing_are_dense():
     assert choose_linear((1, 8), "out") == choose_linear((4, 3, 8), "in") == DENSE
+    assert choose_linear((64, 65, 8), "out", by_token=True) == choose_linear((64 * 65, 8), "out") == DENSE
     assert choose_linear((64, 8, 8), "in, out") == DENSE
     assert choose_linear((64, 65, 8), "in, out").backend == "cpu"
+
+
+@needs_cpu
+def test_the_density_of_one_sample_is_not_looked_at():
+    assert choose_linear((1, 65, 8), "out") == policy.Choice("cpu", 1.0)
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"device": "meta"}], ids=str)

@@ -16,7 +16,6 @@ from gatedkernels.ops.gated_linear.reference import (
     masked,
 )
 
-
 # On the CPU a selection by bits takes half the time of `where`, and no NaN gets through as it does a product.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
