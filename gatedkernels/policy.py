@@ -75,22 +75,17 @@ def choose(
     return Choice("cpu", threshold)
 
 
-# The same for linear layers that pack the weights of every mask, or none: rows of (tokens of one mask up to which the row
-# holds, part of the work). One token: the list of its open units costs what it saves.
-LINEAR_THRESHOLDS: tuple[tuple[float, float], ...] = (
-    (1, 0.0),
-    (3, 0.3),
-    (24, 0.5),
-    (48, 0.6),
-    (128, 0.8),
-    (math.inf, 0.9),
-)
+# The same for linear layers: rows of (tokens of one mask up to which the row holds, part of the work). For one token
+# the list of its open units costs what it saves.
+LINEAR_THRESHOLDS = ((1, 0.0), (3, 0.3), (24, 0.5), (48, 0.6), (128, 0.8), (math.inf, 0.9))
 # Up to so many tokens of one mask an output is a dot product with a row of weights as it lies: a mask of inputs saves
 # nothing there, and gathering for the weights' gradient costs more than it saves.
 LINEAR_FEW = 24
 # Tokens in all: below the first number the call itself costs what it saves; below the second, packing for inputs does;
 # up to the third, looking at the density and selecting afterwards costs more than the kernel loses.
 LINEAR_LEAST, LINEAR_LEAST_PACKED, LINEAR_ONE_SAMPLE = 16, 128, 256
+# The weights' gradient gathers the channels of every sample: it pays up to this part of the work.
+LINEAR_BACKWARD = 0.75
 
 
 def linear_problem(x: Tensor) -> str | None:

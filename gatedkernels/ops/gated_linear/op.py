@@ -1,6 +1,7 @@
 """Compute only the units of a linear layer whose gates are open: schema, checks, launchers, gradients."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -90,19 +91,18 @@ def _forward(
 def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
     """The weights' gradient, sample by sample from the open channels of that sample."""
     dweight = torch.zeros_like(weight)
-    every = slice(None)
     for n in range(x.shape[0]):
-        ins = every if in_mask is None else in_mask[n].nonzero()[:, 0]
-        outs = every if out_mask is None else out_mask[n].nonzero()[:, 0]
-        x_n = x[n] if in_mask is None else x[n].index_select(1, ins)
-        dy_n = dy[n] if out_mask is None else dy[n].index_select(1, outs)
+        ins = None if in_mask is None else in_mask[n].nonzero()[:, 0]
+        outs = None if out_mask is None else out_mask[n].nonzero()[:, 0]
+        x_n = x[n] if ins is None else x[n].index_select(1, ins)
+        dy_n = dy[n] if outs is None else dy[n].index_select(1, outs)
         product = dy_n.T @ x_n
-        if in_mask is None and out_mask is None:
+        if outs is None and ins is None:
             dweight += product
-        elif in_mask is None:
+        elif outs is None:
+            dweight.index_add_(1, cast(Tensor, ins), product)
+        elif ins is None:
             dweight.index_add_(0, outs, product)
-        elif out_mask is None:
-            dweight.index_add_(1, ins, product)
         else:
             dweight.index_put_((outs[:, None], ins), product, accumulate=True)
     return dweight
@@ -146,6 +146,8 @@ def _backward_launch(
     backend: str,
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if threshold != ALWAYS:
+        threshold = min(threshold, policy.LINEAR_BACKWARD)
     sparse = backend == "cpu" and not _too_dense(in_mask, out_mask, threshold)
     launcher = _backward_cpu if sparse else gated_linear_backward_reference
     gradients = launcher(dy, x, weight, in_mask, out_mask, dense_input_grad, output_mask)
