@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <memory>
 
 #include "tensors.h"
 
@@ -14,9 +13,16 @@ constexpr int64_t kMostTokens = 256;  // of one item: what a panel of units comp
 constexpr int64_t kMostPanels = 4;    // of one item
 constexpr int64_t kSlack = 16;        // floats that may be read behind packed rows
 
-using Buffer = std::unique_ptr<float[]>;
+enum class Use : size_t { kPanels, kPanel, kPacked };
 
-Buffer buffer(int64_t floats) { return Buffer(new float[floats]); }
+// Memory that a thread keeps from call to call, as much as the largest needed: fresh pages, which threads wait for one
+// another to get, cost more than what is written to them.
+float* scratch(Use use, int64_t floats) {
+  thread_local std::array<std::vector<float>, 3> kept;
+  std::vector<float>& memory = kept[static_cast<size_t>(use)];
+  if (memory.size() < static_cast<size_t>(floats)) memory.resize(floats);
+  return memory.data();
+}
 
 // Packed rows are computed in vectors.
 int64_t whole_vectors(int64_t units) { return ceil_div(units, 16) * 16; }
@@ -85,9 +91,9 @@ std::vector<int32_t> used_inputs(const Plan& plan) {
 }
 
 // All panels, (K / kBlock, C, kBlock), filled in where an input is used.
-Buffer pack_panels(const Weights& weight, const Plan* plan) {
+float* pack_panels(const Weights& weight, const Plan* plan) {
   const int64_t blocks = ceil_div(weight.K, kBlock), C = weight.C;
-  Buffer panels = buffer(blocks * C * kBlock);
+  float* const panels = scratch(Use::kPanels, blocks * C * kBlock);
   const std::vector<int32_t> used = plan ? used_inputs(*plan) : std::vector<int32_t>();
   // Whole rows are transposed in registers, which is faster than one column after another.
   const bool some = plan && static_cast<int64_t>(used.size()) < (weight.input_step == 1 ? C / 4 : C);
@@ -97,7 +103,7 @@ Buffer pack_panels(const Weights& weight, const Plan* plan) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / strips * kBlock, units = std::min<int64_t>(kBlock, weight.K - first);
       const int64_t from = i % strips * kTogether, to = std::min(from + kTogether, inputs);
-      float* panel = panels.get() + first * C;
+      float* panel = panels + first * C;
       if (!some) {
         pack_panel(weight, nullptr, first, units, nullptr, from, to - from, panel + from * kBlock);
         continue;
@@ -119,7 +125,7 @@ int64_t token_bands(int64_t tokens, int64_t pieces, int64_t least) {
 // Every output from the open inputs.
 void run_in(const Tensor& x, const Weights& weight, const float* bias, const Plan* plan, float* y) {
   const int64_t N = x.size(0), T = x.size(1), C = weight.C, K = weight.K;
-  const Buffer panels = pack_panels(weight, plan);
+  const float* const panels = pack_panels(weight, plan);
   const int64_t blocks = ceil_div(K, kBlock), bands = token_bands(T, N * blocks, 24);
   const float* in = floats(x);
   in_order(N * blocks * bands, [&](int64_t item) {
@@ -129,7 +135,7 @@ void run_in(const Tensor& x, const Weights& weight, const float* bias, const Pla
     LinearPanel job = {};
     job.x = in + (n * T + from) * C, job.x_step = C, job.tokens = static_cast<int>(to - from);
     job.inputs = plan ? plan->list(n) : nullptr, job.count = static_cast<int>(plan ? plan->count[n] : C);
-    job.weight = panels.get() + first * C, job.shared = true, job.bias = values.data();
+    job.weight = panels + first * C, job.shared = true, job.bias = values.data();
     job.y = y + (n * T + from) * K + first, job.y_step = K, job.units = static_cast<int>(units);
     kernels().linear_panel(job);
   });
@@ -163,18 +169,18 @@ std::vector<OutItem> cut_units(const Plan& outs, int64_t tokens) {
 // Computes the units of an item, packed in rows of `step` floats; a null plan reads every input.
 void run_units(const Weights& weight, const float* bias, const float* x, const Plan* ins, const OutItem& item,
                const int32_t* units, float* packed, int64_t step) {
-  const Buffer panel = buffer(kChain * kBlock);
+  float* const panel = scratch(Use::kPanel, kChain * kBlock);
   const int32_t* list = ins ? ins->list(item.sample) : nullptr;
   const int64_t inputs = ins ? ins->count[item.sample] : weight.C;
   LinearPanel job = {};
-  job.x_step = weight.C, job.tokens = static_cast<int>(item.tokens), job.weight = panel.get(), job.y_step = step;
+  job.x_step = weight.C, job.tokens = static_cast<int>(item.tokens), job.weight = panel, job.y_step = step;
   for (int64_t j = 0; j == 0 || j < inputs; j += kChain) {
     job.x = list ? x : x + j, job.inputs = list ? list + j : nullptr;
     job.count = static_cast<int>(std::min<int64_t>(kChain, inputs - j)), job.add = j > 0;
     for (int64_t unit = 0; unit < item.count; unit += kBlock) {
       const int64_t some = std::min<int64_t>(kBlock, item.count - unit);
       const std::array<float, kBlock> values = panel_bias(bias, units + unit, 0, some);
-      pack_panel(weight, units + unit, 0, some, job.inputs, j, job.count, panel.get());
+      pack_panel(weight, units + unit, 0, some, job.inputs, j, job.count, panel);
       job.bias = values.data(), job.y = packed + unit, job.units = static_cast<int>(whole_vectors(some));
       kernels().linear_panel(job);
     }
@@ -191,9 +197,9 @@ void run_out(const Tensor& x, const Weights& weight, const float* bias, const Pl
     const int64_t n = item.sample, end = item.first + item.count, row = n * T + item.token;
     const int64_t step = whole_vectors(item.count);
     const int32_t* units = outs.list(n) + item.first;
-    const Buffer packed = buffer(item.tokens * step + kSlack);
-    run_units(weight, bias, in + row * C, ins, item, units, packed.get(), step);
-    SpreadUnits spread = {packed.get(), step, item.tokens, units, static_cast<int>(item.count)};
+    float* const packed = scratch(Use::kPacked, item.tokens * step + kSlack);
+    run_units(weight, bias, in + row * C, ins, item, units, packed, step);
+    SpreadUnits spread = {packed, step, item.tokens, units, static_cast<int>(item.count)};
     spread.from = item.first ? units[0] : 0, spread.to = end < outs.count[n] ? outs.list(n)[end] : K;
     spread.y = y + row * K, spread.y_step = K;
     kernels().spread_units(spread);
