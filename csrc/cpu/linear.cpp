@@ -20,8 +20,11 @@ enum class Use : size_t { kPanels, kPanel, kPacked };
 float* scratch(Use use, int64_t floats) {
   thread_local std::array<std::vector<float>, 3> kept;
   std::vector<float>& memory = kept[static_cast<size_t>(use)];
-  if (memory.size() < static_cast<size_t>(floats)) memory.resize(floats);
-  return memory.data();
+  constexpr size_t kLine = 64;  // bytes: a vector across two lines costs twice
+  const size_t wanted = static_cast<size_t>(floats) + kLine / sizeof(float);
+  if (memory.size() < wanted) memory.resize(wanted);
+  const size_t beyond = reinterpret_cast<uintptr_t>(memory.data()) % kLine;
+  return memory.data() + (beyond ? (kLine - beyond) / sizeof(float) : 0);
 }
 
 // Packed rows are computed in vectors.
