@@ -88,6 +88,25 @@ class FunctionalCase(_Case):
 
 
 @dataclass(frozen=True)
+class LinearCase(_Case):
+    """One of the two layers of a multilayer perceptron with four hidden units a channel, ``density`` of them open.
+
+    The baseline has its weights as PyTorch has them, as the gated call does, or packed beforehand.
+    """
+
+    gated: Literal["outputs", "inputs"]
+    channels: int
+    tokens: int
+    batch: int
+    density: float
+    baseline: Literal["eager", "prepacked"] = "eager"
+
+    def small(self) -> "LinearCase":
+        """The same in milliseconds, to see that it works."""
+        return replace(self, channels=self.channels // 8, tokens=min(self.tokens, 30), batch=min(self.batch, 3))
+
+
+@dataclass(frozen=True)
 class Limit:
     """What `bench.check` demands.
 
@@ -141,6 +160,16 @@ FUNCTIONALS = tuple(
 _FLOAT = ("dtype", ("float32",))
 _MOST = ("density", DENSITIES[1:])
 _LEAST = ("density", DENSITIES[:1])
+# ViT-Tiny on 224×224 images in patches of 28 pixels, ViT-Small in patches of 16.
+LINEARS = tuple(
+    LinearCase(gated, *shape, batch, density, baseline)
+    for gated, shape, batch, (density, baseline) in product(
+        ("outputs", "inputs"),
+        ((192, 65), (384, 197)),
+        BATCHES,
+        (*product((0.1, 0.3, 0.5, 0.75, 1.0), ("eager",)), (0.3, "prepacked")),
+    )
+)
 
 LIMITS = (
     Limit("block", "efficiency", 1.10, geomean=True, only=(_FLOAT, _MOST)),
@@ -151,6 +180,7 @@ LIMITS = (
     Limit("network", "speedup", 2.7, only=(_FLOAT, ("kept", (0.3,)))),
     Limit("network", "speedup", 0.97, only=(_FLOAT, ("kept", (1.0,)))),
     Limit("functional", "speedup", NEVER_SLOWER),
+    Limit("linear", "speedup", NEVER_SLOWER, only=(("baseline", "eager"),)),
 )
 
 
@@ -170,13 +200,14 @@ def mask_cases(files: Sequence[Path]) -> tuple[BlockCase, ...]:
 
 
 # Every case, by the group of its cells; ``bench/test_<file>.py`` has a ``test_<group>`` for each.
-GROUPS: dict[str, tuple[BlockCase | NetworkCase | FunctionalCase, ...]] = {
+GROUPS: dict[str, tuple[BlockCase | NetworkCase | FunctionalCase | LinearCase, ...]] = {
     "block": BLOCKS,
     "masks": mask_cases(recordings()),
     "cold": COLD,
     "network": NETWORKS,
     "functional": FUNCTIONALS,
+    "linear": LINEARS,
 }
 
 # What a case takes beside the seconds it is timed for: building, checking, choosing the baseline; two Zen 4 cores.
-SECONDS_BESIDE = {"block": 0.4, "masks": 0.4, "cold": 0.5, "network": 20.0, "functional": 0.6}
+SECONDS_BESIDE = {"block": 0.4, "masks": 0.4, "cold": 0.5, "network": 20.0, "functional": 0.6, "linear": 0.4}

@@ -9,8 +9,8 @@ if (_CHECKOUT / "models").is_dir() and (_CHECKOUT / "csrc").is_dir():
     # In a checkout, models/ and training/ lie beside this folder; installed, they lie inside it.
     __path__.append(str(_CHECKOUT))
 
-from gatedkernels.nn import ChannelGate, Gate, GatedConv2d, count_flops, fix_gates
-from gatedkernels.ops import conv_in, conv_out, gated_block, gated_conv2d, plan
+from gatedkernels.nn import ChannelGate, Gate, GatedConv2d, GatedLinear, count_flops, fix_gates
+from gatedkernels.ops import conv_in, conv_out, gated_block, gated_conv2d, gated_linear, plan
 
 if TYPE_CHECKING:
     from gatedkernels import models, nn
@@ -24,6 +24,7 @@ __all__ = [
     "ChannelGate",
     "Gate",
     "GatedConv2d",
+    "GatedLinear",
     "conv_in",
     "conv_out",
     "count_flops",
@@ -31,6 +32,7 @@ __all__ = [
     "gate",
     "gated_block",
     "gated_conv2d",
+    "gated_linear",
     "models",
     "nn",
     "optimize",

@@ -17,12 +17,17 @@ SCHEMAS = (
     " -> (Tensor, Tensor, Tensor)",
     "gated_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
     " Tensor? residual, SymInt[2] stride, str backend, float threshold) -> Tensor",
+    "gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask, bool dense_input_grad,"
+    " str backend, float threshold) -> Tensor",
+    "gated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? in_mask, Tensor? out_mask,"
+    " bool dense_input_grad, bool[3] output_mask, str backend, float threshold) -> (Tensor, Tensor, Tensor)",
     # The compiled kernels behind the launchers of the same stem, and those that `optimize` calls with packed weights.
     "plan_cpu(Tensor mask) -> (Tensor, Tensor)",
     "plan_cuda(Tensor mask) -> (Tensor, Tensor)",
     "conv_out_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor count, int stride, bool relu) -> Tensor",
     "conv_in_cpu(Tensor packed, Tensor weight, Tensor? bias, Tensor index, Tensor count, int stride) -> Tensor",
     "gated_conv2d_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask, int stride) -> Tensor",
+    "gated_linear_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask) -> Tensor",
     "gated_conv2d_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask,"
     " int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     "gated_block_cpu(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"

@@ -73,3 +73,49 @@ def choose(
     if kernel != "conv_in" and not x.is_contiguous(memory_format=torch.channels_last):
         threshold = min(threshold, CPU_CONVERTED_THRESHOLD)
     return Choice("cpu", threshold)
+
+
+# The same for linear layers: rows of (tokens of one mask up to which the row holds, part of the work). For one token
+# the list of its open units costs what it saves.
+LINEAR_THRESHOLDS = ((1, 0.0), (3, 0.3), (24, 0.5), (48, 0.6), (128, 0.8), (math.inf, 0.9))
+# Up to so many tokens of one mask an output is a dot product with a row of weights as it lies: a mask of inputs saves
+# nothing there, and gathering for the weights' gradient costs more than it saves.
+LINEAR_FEW = 24
+# Tokens in all: below the first number the call itself costs what it saves; below the second, packing for inputs does;
+# up to the third, looking at the density and selecting afterwards costs more than the kernel loses.
+LINEAR_LEAST, LINEAR_LEAST_PACKED, LINEAR_ONE_SAMPLE = 16, 128, 256
+# The weights' gradient gathers the channels of every sample: it pays up to this part of the work.
+LINEAR_BACKWARD = 0.75
+
+
+def linear_problem(x: Tensor) -> str | None:
+    """Why the CPU kernels cannot serve this linear layer, or None."""
+    if _extension.CPU_ERROR is not None:
+        return f"is not available: {_extension.CPU_ERROR}"
+    if x.device.type != "cpu":
+        return f"needs tensors on the CPU, got x on {x.device}"
+    if x.dtype != torch.float32:
+        return f"computes in torch.float32, got x of {x.dtype}"
+    return None
+
+
+def choose_linear(x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) -> Choice:
+    """The backend for a linear layer with these masks; looks at shapes, dtypes and devices, never at values."""
+    if linear_problem(x) is not None:
+        return Choice("dense", 1.0)
+    shared = x.ndim > 2 and all(mask is None or mask.ndim < x.ndim for mask in (in_mask, out_mask))
+    if torch.compiler.is_compiling() or not all(isinstance(size, int) for size in x.shape):
+        tokens, rows = 1 << 20 if shared else 1, 1 << 20  # one graph for all sizes: take them for large ones
+    else:
+        tokens = math.prod(x.shape[1:-1]) if shared else 1
+        rows = math.prod(x.shape[:-1])
+    both = in_mask is not None and out_mask is not None
+    few = tokens <= LINEAR_FEW
+    threshold = next(density for most, density in LINEAR_THRESHOLDS if tokens <= most)
+    if rows < LINEAR_LEAST or threshold == 0 or (both and few):
+        return Choice("dense", 1.0)
+    if not few and (out_mask is None or rows <= LINEAR_ONE_SAMPLE):
+        return Choice("cpu", 1.0)
+    if out_mask is None and rows < LINEAR_LEAST_PACKED:
+        threshold = min(threshold, 0.3)
+    return Choice("cpu", threshold)

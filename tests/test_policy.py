@@ -60,3 +60,36 @@ def test_dense_serves_without_the_library(kernel: str, monkeypatch: pytest.Monke
 def test_more_pixels_for_each_weight_pay_more(kernel: str):
     thresholds = [choose(kernel, n=n).threshold for n in (0, 1, 2, 4, 64, 1024)]
     assert thresholds == sorted(thresholds)
+
+
+def choose_linear(shape: tuple[int, ...], masks: str, by_token: bool = False, **change: Any) -> policy.Choice:
+    x = torch.empty(*shape, dtype=change.get("dtype", torch.float32), device=change.get("device", "cpu"))
+    mask = torch.empty(shape if by_token else (shape[0], shape[-1]), dtype=torch.bool)
+    return policy.choose_linear(x, mask if "in" in masks else None, mask if "out" in masks else None)
+
+
+@needs_cpu
+@pytest.mark.parametrize("masks", ["in", "out"])
+def test_linear_layers_of_more_tokens_pay_more(masks: str):
+    thresholds = [choose_linear((16, t, 8), masks).threshold for t in (2, 4, 24, 65, 197)]
+    assert thresholds == sorted(thresholds)
+    assert thresholds[0] < 0.5 < thresholds[-1]
+    assert choose_linear((8, 8, 8), masks).threshold <= choose_linear((64, 8, 8), masks).threshold
+
+
+@needs_cpu
+def test_linear_layers_that_pay_nothing_are_dense():
+    assert choose_linear((1, 8), "out") == choose_linear((4, 3, 8), "in") == DENSE
+    assert choose_linear((64, 65, 8), "out", by_token=True) == choose_linear((64 * 65, 8), "out") == DENSE
+    assert choose_linear((64, 8, 8), "in, out") == DENSE
+    assert choose_linear((64, 65, 8), "in, out").backend == "cpu"
+
+
+@needs_cpu
+def test_the_density_of_one_sample_is_not_looked_at():
+    assert choose_linear((1, 65, 8), "out") == policy.Choice("cpu", 1.0)
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_dense_serves_the_other_linear_layers(change: dict[str, Any]):
+    assert choose_linear((16, 65, 8), "out", **change) == DENSE

@@ -7,6 +7,7 @@ from gatedkernels.nn.flops import FlopCount, LayerFlops, count_flops, gated_flop
 from gatedkernels.nn.fold import fold_norm
 from gatedkernels.nn.gate import ChannelGate, Gate, gate_key
 from gatedkernels.nn.gated_conv import GatedConv2d
+from gatedkernels.nn.gated_linear import GatedLinear
 from gatedkernels.nn.losses import bound_loss, sparsity_loss
 from gatedkernels.nn.straight_through import straight_through
 
@@ -19,6 +20,7 @@ __all__ = [
     "GatedBasicBlock",
     "GatedBottleneck",
     "GatedConv2d",
+    "GatedLinear",
     "LayerFlops",
     "bound_loss",
     "check_branch",

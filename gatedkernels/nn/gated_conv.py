@@ -9,7 +9,7 @@ from gatedkernels.nn.masks import check_group, check_mask, spread
 from gatedkernels.ops import gated_conv2d
 
 # Activations that map zero to zero, so that what the convolution left closed stays closed.
-_KEEPS_ZERO = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.ELU, nn.Identity)
+KEEPS_ZERO = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.ELU, nn.Identity)
 
 
 class GatedConv2d(nn.Conv2d):
@@ -159,7 +159,7 @@ class GatedConv2d(nn.Conv2d):
         return y if self.activation is None else self.activation(y)
 
     def _keeps_zero(self) -> bool:
-        return self.activation is None or isinstance(self.activation, _KEEPS_ZERO)
+        return self.activation is None or isinstance(self.activation, KEEPS_ZERO)
 
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
         """Cost of the convolution; see `gatedkernels.nn.flops`."""

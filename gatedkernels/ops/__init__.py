@@ -5,4 +5,5 @@ from gatedkernels.ops.conv_in import conv_in as conv_in
 from gatedkernels.ops.conv_out import conv_out as conv_out
 from gatedkernels.ops.gated_block import gated_block as gated_block
 from gatedkernels.ops.gated_conv2d import gated_conv2d as gated_conv2d
+from gatedkernels.ops.gated_linear import gated_linear as gated_linear
 from gatedkernels.ops.plan import plan as plan

@@ -28,6 +28,16 @@ def check_images(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must have a dtype of {', '.join(map(str, FLOATING))}, got {x.dtype}")
 
 
+def check_tokens(name: str, x: Tensor) -> None:
+    """A floating (N, …, C) tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.ndim < 2:
+        raise ValueError(f"{name} must have shape (N, ..., C), got {tuple(x.shape)}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must have a dtype of {', '.join(map(str, FLOATING))}, got {x.dtype}")
+
+
 def check_like(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor) -> None:
     """A tensor of this shape, with the dtype and device of ``x``."""
     if not isinstance(tensor, Tensor):
@@ -61,6 +71,26 @@ def expand_mask(name: str, mask: Tensor | None, channels: int, group: int, x: Te
     """A (N, channels) mask from one decision for every ``group`` neighbouring channels."""
     if mask is None:
         return None
+    _check_decisions(name, mask, channels, group, x)
+    if tuple(mask.shape) != (x.shape[0], channels // group):
+        raise ValueError(f"{name} must have shape {(x.shape[0], channels // group)}, got {tuple(mask.shape)}")
+    return mask if group == 1 else mask.repeat_interleave(group, 1)
+
+
+def expand_token_mask(name: str, mask: Tensor | None, channels: int, group: int, x: Tensor) -> Tensor | None:
+    """A (N, channels) or (N, …, channels) mask from one decision for every ``group`` neighbouring channels."""
+    if mask is None:
+        return None
+    _check_decisions(name, mask, channels, group, x)
+    by_sample, by_token = ((*lead, channels // group) for lead in (x.shape[:1], x.shape[:-1]))
+    if tuple(mask.shape) not in (by_sample, by_token):  # a tuple: symbolic sizes have no hash
+        either = f"{by_sample}" if by_sample == by_token else f"{by_sample} or {by_token}"
+        raise ValueError(f"{name} must have shape {either}, got {tuple(mask.shape)}")
+    return mask if group == 1 else mask.repeat_interleave(group, -1)
+
+
+def _check_decisions(name: str, mask: Tensor, channels: int, group: int, x: Tensor) -> None:
+    """A bool tensor beside ``x``, and a granularity that its channels have."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
@@ -69,11 +99,8 @@ def expand_mask(name: str, mask: Tensor | None, channels: int, group: int, x: Te
         raise TypeError(f"group must be an int, got {group!r}")
     if group < 1 or channels % group:
         raise ValueError(f"group must divide the {channels} channels that {name} decides on, got {group}")
-    if tuple(mask.shape) != (x.shape[0], channels // group):
-        raise ValueError(f"{name} must have shape {(x.shape[0], channels // group)}, got {tuple(mask.shape)}")
     if mask.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {mask.device}")
-    return mask if group == 1 else mask.repeat_interleave(group, 1)
 
 
 def check_plan(index: Tensor, count: Tensor, channels: int, x: Tensor) -> None:

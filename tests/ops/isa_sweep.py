@@ -94,6 +94,24 @@ def stems(c: int, k: int, h: int, w: int) -> None:
     check(f"packed_stem, pooled {(c, k, h, w)}", pooled, max_pool2d(exact, 3, 2, 1))
 
 
+def linears(c: int, k: int, tokens: int) -> None:
+    n, case = 3, (c, k, tokens)
+    x, weight, bias = torch.randn(n, tokens, c), torch.randn(k, c), torch.randn(k)
+    wide = [t.double() for t in (x, weight, bias)]
+    exact = linear(*wide)
+    for density in (0.1, 0.6):
+        inside, outside = torch.rand(n, c) < density, torch.rand(n, k) < density
+        inside[:, 0] = outside[:, -1] = True
+        exact_in = linear(torch.where(inside[:, None], wide[0], 0), *wide[1:])
+        for form in (weight, weight.T.contiguous().T):
+            y = gk.gated_linear(x, form, bias, inside, backend="cpu")
+            check(f"linear in {case}", y, exact_in)
+            y = gk.gated_linear(x, form, bias, None, outside, backend="cpu")
+            check(f"linear out {case}", y, torch.where(outside[:, None], exact, 0))
+            y = gk.gated_linear(x, form, bias, inside, outside, backend="cpu")
+            check(f"linear both {case}", y, torch.where(outside[:, None], exact_in, 0))
+
+
 def main() -> None:
     """Run them all."""
     torch.manual_seed(0)
@@ -106,6 +124,8 @@ def main() -> None:
     for size in SIZES:
         gates(*size)
         stems(*size)
+    for (c, k, _, _), tokens in itertools.product([*SIZES, (200, 150, 1, 1)], (1, 5, 25, 300)):
+        linears(c, k, tokens)
     name = ctypes.CDLL(str(_extension.find("_cpu"))).gatedkernels_cpu_isa
     name.restype = ctypes.c_char_p
     print(name().decode())

@@ -37,6 +37,8 @@ def make_calls() -> dict[str, tuple[Call, Tensor]]:
     hidden = gk.conv_out(x, w1, b1, *plan, padding=1, relu=True, backend="reference")
     big = torch.randn(24, 300, 4, 4), torch.randn(64, 300, 3, 3) / 50, torch.randn(300, 64, 3, 3) / 25
     some = torch.rand(24, 64) < 0.4
+    tokens, w3, w4 = torch.randn(n, 30, c), torch.randn(m, c), torch.randn(c, m)
+    units = tokens @ w3.T
     calls: dict[str, Callable[..., Tensor]] = {
         "conv_out": lambda b="cpu": gk.conv_out(x, w1, b1, *plan, padding=1, backend=b),
         "conv_in": lambda b="cpu": gk.conv_in(hidden, w2, b2, *plan, padding=1, backend=b),
@@ -45,6 +47,9 @@ def make_calls() -> dict[str, tuple[Call, Tensor]]:
         "gated_block, sliced": lambda b="cpu": gk.gated_block(
             big[0], big[1], None, big[2], None, some, residual=big[0], backend=b
         ),
+        "gated_linear, out": lambda b="cpu": gk.gated_linear(tokens, w3, b1, None, mask2, backend=b),
+        "gated_linear, in": lambda b="cpu": gk.gated_linear(units, w4, b2, mask2, backend=b),
+        "gated_linear, few tokens": lambda b="cpu": gk.gated_linear(tokens[:, 0], w3, b1, None, mask2, backend=b),
     }
     with_references: dict[str, tuple[Call, Tensor]] = {
         name: (call, call("reference"))

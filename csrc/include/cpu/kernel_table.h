@@ -4,6 +4,7 @@
 #include "cpu/gate_rows.h"
 #include "cpu/in_rows.h"
 #include "cpu/in_tiles.h"
+#include "cpu/linear_rows.h"
 #include "cpu/numbers.h"
 #include "cpu/out_rows.h"
 #include "cpu/out_tiles.h"
@@ -23,7 +24,10 @@ constexpr Kernels kernels_of(const char* name) {
           StemRows<L>::run,
           GateRows<L>::add_pixels,
           GateRows<L>::max_pixels,
-          GateRows<L>::linear};
+          GateRows<L>::linear,
+          LinearRows<L>::panel,
+          LinearRows<L>::gather_rows,
+          LinearRows<L>::spread};
 }
 
 }  // namespace gatedkernels

@@ -88,6 +88,34 @@ inline int64_t tile_scratch(const TileGrid& grid, int64_t tiles) {
   constexpr int64_t kGathering = 16 * 12 * 32;
   return splitting + multiplying + kGathering;
 }
+// Linear: some tokens times one panel of at most kBlock units.
+struct LinearPanel {
+  const float* x;  // rows of tokens
+  int64_t x_step;
+  int tokens;
+  const int32_t* inputs;  // the listed inputs; null: 0, 1, …, count - 1
+  int count;
+  const float* weight;  // rows of kBlock units
+  bool shared;          // there is a row for every input of the layer, or one for every listed input
+  const float* bias;    // kBlock floats
+  bool add;             // to what y holds, instead of the bias
+  float* y;
+  int64_t y_step;
+  int units;  // to write
+};
+
+// Linear: columns [from, to) of the output: the listed units, which lie packed, and zeros between them.
+struct SpreadUnits {
+  const float* packed;  // rows of tokens; some floats are read behind the last one
+  int64_t step, tokens;
+  const int32_t* units;
+  int count;
+  int64_t from, to;
+  float* y;
+  int64_t y_step;
+};
+
+constexpr int kChain = 64;  // products that are added one after another, without losing digits
 
 struct Kernels {
   const char* name;
@@ -117,6 +145,10 @@ struct Kernels {
   void (*max_pixels)(const float* const* pixels, int count, int64_t C, float* y);
   // y = weight (K, C) times x, plus bias.
   void (*linear)(const float* weight, const float* bias, const float* x, int64_t C, int64_t K, float* y);
+  void (*linear_panel)(const LinearPanel&);
+  // panel[c][l] = rows[l][c] for kBlock rows.
+  void (*gather_rows)(const float* const* rows, int64_t inputs, float* panel);
+  void (*spread_units)(const SpreadUnits&);
 };
 
 extern const Kernels kPortableKernels;
