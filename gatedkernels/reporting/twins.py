@@ -24,7 +24,8 @@ from gatedkernels.nn.packed import (
     PackedGatedConv2d,
     PackedResidual,
 )
-from gatedkernels.ops.packed import unpack_blocks, unpack_rows
+from gatedkernels.nn.packed_stem import PackedStem
+from gatedkernels.ops.packed import unpack_blocks, unpack_rows, unpack_stem
 
 _mkldnn = torch.ops.mkldnn
 
@@ -184,12 +185,18 @@ def _twin(model: nn.Module, gated: bool) -> nn.Module:
 
 def _twin_network(model: GatedResNet, gated: bool) -> nn.Module:
     conv1: Any = model.conv1
-    stem = _unpacked(conv1) if isinstance(conv1, PackedConv2d) else _folded(conv1, model.bn1, relu=True)
+    pool: nn.Module = copy.deepcopy(model.maxpool)
+    if isinstance(conv1, PackedStem):
+        weight = unpack_stem(conv1.weight, conv1.shape.out_channels)
+        stem = FoldedConv2d(conv1.shape, weight, conv1.bias, conv1.relu)
+        pool = nn.MaxPool2d(3, stride=2, padding=1) if conv1.pool else pool
+    else:
+        stem = _unpacked(conv1) if isinstance(conv1, PackedConv2d) else _folded(conv1, model.bn1, relu=True)
     stages: dict[str, OrderedDict[str, nn.Module]] = {}
     for name, block in model.blocks().items():
         stage, index = name.split(".")
         stages.setdefault(stage, OrderedDict())[index] = _twin(block, gated)
-    parts: OrderedDict[str, nn.Module] = OrderedDict(conv1=stem, maxpool=copy.deepcopy(model.maxpool))
+    parts: OrderedDict[str, nn.Module] = OrderedDict(conv1=stem, maxpool=pool)
     parts.update({name: nn.Sequential(blocks) for name, blocks in stages.items()})
     parts.update(avgpool=copy.deepcopy(model.avgpool), flatten=nn.Flatten(), fc=copy.deepcopy(model.fc))
     return nn.Sequential(parts)

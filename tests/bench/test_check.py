@@ -11,7 +11,7 @@ from bench.results import Results
 
 NETWORK = Limit("network", "speedup", 2.2, only=(("kept", (0.3,)),))
 BLOCK = Limit("block", "efficiency", 0.9, geomean=True)
-OPTIONS = ["--groups=block,network,functional"]
+OPTIONS = ["--groups=block,network,functional,linear"]
 COUNTED = Limit("block", "efficiency", 0.9, allowed=2)
 
 

@@ -28,7 +28,7 @@ def test_last_level_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 @pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
 def test_instruction_set():
-    assert machine.instruction_set() in ("avx512_bf16", "avx512", "avx2", "portable")
+    assert machine.instruction_set() in ("avx512bf16", "avx512", "avx2", "portable")
 
 
 def test_no_library_no_instruction_set(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,7 @@
-"""Other engines compute the dense twin, in memory of ours, on our number of threads; or say why not."""
+"""Other engines compute the dense twin, in memory of ours, on our number of threads; or say why not.
+
+In a run of their own (`make test-slow`): a process that has run these engines may crash when it starts another one.
+"""
 
 import gc
 import sys
@@ -12,6 +15,7 @@ from gatedkernels.reporting.baselines import Baselines, dense_baselines, verify
 from gatedkernels.reporting.timing import use_threads
 from gatedkernels.reporting.twins import build_twin
 
+pytestmark = pytest.mark.slow
 PACKAGES = {"onnxruntime": ("onnxruntime", "onnxscript"), "openvino": ("openvino", "onnxscript")}
 
 
