@@ -1,7 +1,7 @@
 // The CPU kernels alone, on one core with warm weights: GFLOP/s of useful multiply-adds (taps in the padding not
-// counted).
+// counted). The kernels on tiles do fewer; theirs are counted as if they did as many.
 //
-//   g++ -std=c++20 -O2 -Icsrc/include bench/kernels.cpp csrc/cpu/isa_avx512*.cpp -o /tmp/kernels && /tmp/kernels
+//   g++ -std=c++20 -O2 -Icsrc/include bench/kernels.cpp csrc/cpu/isa_avx512*.cpp -o build/kernels && build/kernels
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -28,11 +28,72 @@ double measure(int samples, const Run& run) {
   return best;
 }
 
+constexpr int N = 16;
+constexpr int kShapes[][2] = {{64, 32}, {128, 16}, {256, 8}, {512, 4}, {64, 56}, {128, 28}, {256, 14}, {512, 7}};
+
+// `count` channels of C for every sample, in order.
+std::vector<std::vector<int32_t>> draw_channels(int C, int count) {
+  std::mt19937 random(1);
+  std::vector<std::vector<int32_t>> channels(N, std::vector<int32_t>(C));
+  for (auto& list : channels) {
+    std::iota(list.begin(), list.end(), 0);
+    std::shuffle(list.begin(), list.end(), random);
+    std::sort(list.begin(), list.begin() + count);
+  }
+  return channels;
+}
+
+void print(const char* name, int C, int H, double density, int count, double out_s, double in_s) {
+  const double operations = 2.0 * C * count * (3.0 * H - 2) * (3.0 * H - 2);
+  std::printf("%s %3d, %2dx%-2d  %3.0f %% open  out-gated %4.0f  in-gated %4.0f\n", name, C, H, H, 100 * density,
+              operations / out_s / 1e9, operations / in_s / 1e9);
+}
+
+// Transforms included, in strips as blocks cut them.
+void measure_tiles(const Kernels& kernels) {
+  for (const auto& [C, H] : kShapes) {
+    const Geometry size = {H, H, H, H, 1, 3};
+    const TileGrid grid(size);
+    if (grid.tiles() < 9) continue;
+    for (const double density : {0.1, 0.3, 1.0}) {
+      const int count = std::max(1, static_cast<int>(density * C + 0.5)), most = std::max(16, 8192 / C);
+      const size_t image = size_t(H) * H * C;
+      const int64_t plane = (H * H + 15) / 16 * 16 + 16;
+      const std::vector<float> x(N * image, 0.01f), weight(size_t(C) * (16 * C + 16), 0.01f), bias(C, 0.01f);
+      std::vector<float> planes(N * C * plane), y(N * image), data(Components::floats(C, 160) + 16);
+      std::vector<float> scratch(tile_scratch(grid, 160));
+      float* const aligned = data.data() + (64 - reinterpret_cast<uintptr_t>(data.data()) % 64) % 64 / sizeof(float);
+      const auto channels = draw_channels(C, count);
+      const OutConv out = {size, C, weight.data(), bias.data(), plane, true};
+      const InConv in = {size, C, C, weight.data(), bias.data(), plane, H, 1, false, true};
+      auto strips = [&](int longest, const auto& run) {
+        const int many = (grid.tiles() + longest - 1) / longest;
+        for (int i = 0; i < many; ++i) run(Strip{grid.tiles() * i / many, grid.tiles() * (i + 1) / many});
+      };
+      const double out_s = measure(N, [&](int n) {
+        strips(most, [&](Strip strip) {
+          const Components components(aligned, C, strip.tiles());
+          kernels.image_tiles(grid, strip, &x[n * image], C, 0, C, components, scratch.data());
+          kernels.out_tiles(out, grid, strip, components, channels[n].data(), count, &planes[n * C * plane],
+                            scratch.data());
+        });
+      });
+      const double in_s = measure(N, [&](int n) {
+        strips(64, [&](Strip strip) {
+          const Components components(aligned, count, strip.tiles());
+          kernels.plane_tiles(grid, strip, &planes[n * C * plane], plane, 0, count, components, scratch.data());
+          kernels.in_tiles(in, grid, strip, components, channels[n].data(), count, 0, C / kBlock, &x[n * image],
+                           &y[n * image], scratch.data());
+        });
+      });
+      print("tiles   ", C, H, density, count, out_s, in_s);
+    }
+  }
+}
+
 // `paired` listed channels share a plane.
 template <class Element, class Set>
 void measure_all(const char* name, const Set& kernels, Element value, int paired) {
-  constexpr int N = 16;
-  constexpr int kShapes[][2] = {{64, 32}, {128, 16}, {256, 8}, {512, 4}, {64, 56}, {128, 28}, {256, 14}, {512, 7}};
   for (const auto& [C, H] : kShapes) {
     for (const double density : {0.1, 0.3, 1.0}) {
       const int count = std::max(1, static_cast<int>(density * C + 0.5)), blocks = C / kBlock;
@@ -40,13 +101,7 @@ void measure_all(const char* name, const Set& kernels, Element value, int paired
       const int64_t plane = ((H * H + 15) / 16 * 16 + 16) * paired;
       const std::vector<Element> x(N * image, value), weight(filters, value), bias(C, value);
       std::vector<Element> planes(N * C * plane), y(N * image);
-      std::mt19937 random(1);
-      std::vector<std::vector<int32_t>> channels(N, std::vector<int32_t>(C));
-      for (auto& list : channels) {
-        std::iota(list.begin(), list.end(), 0);
-        std::shuffle(list.begin(), list.end(), random);
-        std::sort(list.begin(), list.begin() + count);
-      }
+      const auto channels = draw_channels(C, count);
       const Geometry size = {H, H, H, H, 1, 3};
       const OutConvOf<Element> out = {size, C, weight.data(), bias.data(), plane, true};
       const InConvOf<Element> in = {size, C, C, weight.data(), bias.data(), plane, H * paired, paired, false, true};
@@ -59,9 +114,7 @@ void measure_all(const char* name, const Set& kernels, Element value, int paired
                           &y[n * image]);
         }
       });
-      const double operations = 2.0 * C * count * (3.0 * H - 2) * (3.0 * H - 2);
-      std::printf("%s %3d, %2dx%-2d  %3.0f %% open  out-gated %4.0f  in-gated %4.0f\n", name, C, H, H, 100 * density,
-                  operations / out_s / 1e9, operations / in_s / 1e9);
+      print(name, C, H, density, count, out_s, in_s);
     }
   }
 }
@@ -69,6 +122,7 @@ void measure_all(const char* name, const Set& kernels, Element value, int paired
 }  // namespace
 
 int main() {
+  if (__builtin_cpu_supports("avx512f")) measure_tiles(kAvx512Kernels);
   if (__builtin_cpu_supports("avx512f")) measure_all("float32 ", kAvx512Kernels, 0.01f, 1);
   if (__builtin_cpu_supports("avx512bf16")) measure_all("bfloat16", kAvx512Bf16Kernels, Bf16{0x3c24}, 2);
 }

@@ -145,6 +145,8 @@ def _label(cell: Cell) -> str:
     facts = cell.facts
     if "channels" not in facts:
         return f"{facts['model']} at {facts['size']}²"
+    if "size" not in facts:
+        return f"{facts['channels']} units, {facts['tokens']} tokens, {facts['gated']}, {facts['baseline']}"
     extra = (facts[name] for name in ("layout", "masks") if name in facts and facts[name] != "exact")
     return ", ".join((f"{facts['channels']} at {facts['size']}²", *extra))
 

@@ -14,4 +14,4 @@ def test_linear(case: LinearCase, run: Any) -> None:
     if case.baseline == "prepacked" and not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch has no oneDNN here")
     with linear_trial(case) as trial:
-        run("linear", case, trial)
+        run(case, trial)

@@ -52,7 +52,7 @@ def test_groups_are_chosen():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--groups", "blocks"), "--groups must name some of block, masks, cold, network, functional, got blocks"),
+        (("--groups", "blocks"), "--groups must name some of block, masks, cold, network, functional, linear, got blocks"),
         (("--threads", 0), "--threads must be positive, got 0"),
     ],
 )

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._backends import ALWAYS, Backend, require
+from gatedkernels.ops._select import select, select_
 from gatedkernels.ops.gated_linear.reference import (
     along,
     gated_linear_backward_reference,
@@ -17,24 +18,13 @@ from gatedkernels.ops.gated_linear.reference import (
     masked,
 )
 
-# On the CPU a selection by bits takes half the time of `where`, and no NaN gets through as it does a product.
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 def _launch_dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_mask: Tensor | None, out_mask: Tensor | None
 ) -> Tensor:
     """What the reference does, in the fastest way that PyTorch has for it."""
-    if x.device.type != "cpu":
-        y = linear(masked(x, in_mask), weight, bias)
-        return y if out_mask is None else y.masked_fill_(~along(out_mask, y), 0)
-    bits = _BITS[x.element_size()]
-    if in_mask is not None:
-        x = (x.view(bits) & along(in_mask, x).to(bits).neg_()).view(x.dtype)
-    y = linear(x, weight, bias)
-    if out_mask is not None:
-        y.view(bits).bitwise_and_(along(out_mask, y).to(bits).neg_())
-    return y
+    y = linear(x if in_mask is None else select(x, along(in_mask, x)), weight, bias)
+    return y if out_mask is None else select_(y, along(out_mask, y))
 
 
 def _by_mask(x: Tensor, *masks: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
