@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.cases import GROUPS
 from bench.results import Results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +53,7 @@ def test_groups_are_chosen():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--groups", "blocks"), "--groups must name some of block, masks, cold, network, functional, linear, got blocks"),
+        (("--groups", "blocks"), f"--groups must name some of {', '.join(GROUPS)}, got blocks"),
         (("--threads", 0), "--threads must be positive, got 0"),
     ],
 )
