@@ -128,7 +128,7 @@ class Block {
   }
 
   void run_conv1(const Item& item) const {
-    const Kernels& run = kernels();
+    const Kernels& run = kernels_for(conv1_.C);
     const int64_t n = item.sample;
     const int32_t* channels = plan_.list(n) + item.from;
     const int32_t count = item.to - item.from;
@@ -149,7 +149,7 @@ class Block {
   }
 
   void run_conv2(const Item& item) const {
-    const Kernels& run = kernels();
+    const Kernels& run = kernels_for(conv2_.K);
     const int64_t n = item.sample, image = n * conv2_.size.H * conv2_.size.W * conv2_.K;
     const int32_t *channels = plan_.list(n), count = plan_.count[n];
     const float *planes = planes_ + offset_[n], *residual = residual_ ? residual_ + image : nullptr;

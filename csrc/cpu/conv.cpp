@@ -33,9 +33,9 @@ Tensor run_in(const Tensor& x, const float* blocks, const float* bias, int64_t o
   in_order(N * count_blocks * bands, [&](int64_t item) {
     const int64_t n = item / (count_blocks * bands), block = item / bands % count_blocks, row = item % bands * rows;
     const int64_t end = std::min<int64_t>(row + rows, size.OH), image = n * pixels * K;
-    kernels().in_rows(conv, in + n * x.stride(0), plan ? plan->list(n) : nullptr, plan ? plan->count[n] : conv.C,
-                      static_cast<int>(block), static_cast<int>(block + 1), static_cast<int>(row), static_cast<int>(end),
-                      skip ? skip + image : nullptr, out + image);
+    kernels_for(K).in_rows(conv, in + n * x.stride(0), plan ? plan->list(n) : nullptr, plan ? plan->count[n] : conv.C,
+                           static_cast<int>(block), static_cast<int>(block + 1), static_cast<int>(row),
+                           static_cast<int>(end), skip ? skip + image : nullptr, out + image);
     if (!out_mask) return;
     const int64_t from = block * kBlock, to = std::min<int64_t>(from + kBlock, K);
     for (int64_t p = row * size.OW; p < end * size.OW; ++p) {
@@ -104,9 +104,8 @@ Tensor conv_out(const Tensor& given_x, const Tensor& weight, const MaybeTensor& 
   in_order(N * pieces, [&](int64_t item) {
     const int64_t n = item / pieces, j = item % pieces * kTile, end = std::min(j + kTile, K);
     const int64_t active = std::clamp<int64_t>(plan.count[n], j, end);
-    kernels().out_rows(conv, in + n * size.H * size.W * C, plan.list(n) + j, static_cast<int>(active - j),
-                       static_cast<int>(active - j), 0, size.OH,
-                       out + (n * K + j) * plane);
+    kernels_for(C).out_rows(conv, in + n * size.H * size.W * C, plan.list(n) + j, static_cast<int>(active - j),
+                            static_cast<int>(active - j), 0, size.OH, out + (n * K + j) * plane);
     std::memset(out + (n * K + active) * plane, 0, (end - active) * plane * sizeof(float));
   });
   return packed;
@@ -140,8 +139,8 @@ Tensor gated_conv2d(const Tensor& given_x, const Tensor& weight, const MaybeTens
     const int32_t* channels = plan.list(n);
     // The kernel counts pixels from the image's first row; the planes hold this band only.
     std::vector<float> planes(plan.count[n] * plane);
-    kernels().out_rows(conv, in + n * size.H * size.W * C, channels, plan.count[n], plan.count[n], static_cast<int>(row),
-                       static_cast<int>(end), planes.data() - row * size.OW);
+    kernels_for(C).out_rows(conv, in + n * size.H * size.W * C, channels, plan.count[n], plan.count[n],
+                            static_cast<int>(row), static_cast<int>(end), planes.data() - row * size.OW);
     for (int64_t p = 0; p < (end - row) * size.OW; ++p) {
       float* pixel = out + ((n * size.OH + row) * size.OW + p) * K;
       std::memset(pixel, 0, K * sizeof(float));

@@ -58,6 +58,15 @@ const Bf16Kernels* bf16_kernels() {
   return nullptr;
 }
 
+const Kernels& kernels_for(int64_t channels) {
+#if defined(__x86_64__)
+  constexpr int64_t kMany = 64;  // beyond, the last vector is a small part of them
+  const bool halves = channels < kMany && channels % 16 == 8;
+  if (halves && &kernels() == &kAvx512Kernels) return kAvx2Kernels;
+#endif
+  return kernels();
+}
+
 }  // namespace gatedkernels
 
 extern "C" {

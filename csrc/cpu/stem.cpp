@@ -42,7 +42,7 @@ void pool_row(const float* conv, int64_t first, int64_t row, int64_t OH, int64_t
         pixels[count++] = conv + ((r - first) * OW + c) * K;
       }
     }
-    kernels().max_pixels(pixels, count, K, y);
+    kernels_for(K).max_pixels(pixels, count, K, y);
   }
 }
 
@@ -72,6 +72,7 @@ Tensor packed_stem(const Tensor& x, const Tensor& weight, const Tensor& bias, in
   const int64_t rows = std::clamp<int64_t>(pool ? std::max(fitting / 2, kLeastPooled) : fitting, 1, height);
   const int64_t runs = ceil_div(height, rows);
   float* out = y.mutable_data_ptr<float>();
+  const Kernels& run = kernels_for(K);
   in_order(N * runs, [&](int64_t item) {
     thread_local std::vector<float> padded, whole;
     const int64_t n = item / runs, begin = item % runs * rows, end = std::min(begin + rows, height);
@@ -80,9 +81,9 @@ Tensor packed_stem(const Tensor& x, const Tensor& weight, const Tensor& bias, in
     padded.resize(std::max<size_t>(padded.size(), static_cast<size_t>((to - from) * line)));
     pad_rows(x, n, padding, from, to, padded.data());
     float* const result = out + (n * height + begin) * width * K;
-    if (!pool) return kernels().stem_rows(conv, padded.data(), static_cast<int>(last - first), result);
+    if (!pool) return run.stem_rows(conv, padded.data(), static_cast<int>(last - first), result);
     whole.resize(std::max<size_t>(whole.size(), static_cast<size_t>((last - first) * OW * K)));
-    kernels().stem_rows(conv, padded.data(), static_cast<int>(last - first), whole.data());
+    run.stem_rows(conv, padded.data(), static_cast<int>(last - first), whole.data());
     for (int64_t row = begin; row < end; ++row) {
       pool_row(whole.data(), first, row, OH, OW, K, result + (row - begin) * width * K);
     }

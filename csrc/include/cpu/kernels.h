@@ -160,4 +160,7 @@ extern const Kernels kAvx512Kernels;
 // The best kernels that this processor runs; GATEDKERNELS_ISA (portable, avx2, avx512, avx512bf16) caps the choice.
 const Kernels& kernels();
 
+// Those for lanes along so many channels: shorter vectors where they fill and the longest would not.
+const Kernels& kernels_for(int64_t channels);
+
 }  // namespace gatedkernels
