@@ -69,10 +69,16 @@ struct InRows {
     }
   }
 
+  // Weights to bring nearer meanwhile: those of the listed channels [from, to), `distance` elements on.
+  struct Ahead {
+    int64_t distance = 0;
+    int from = 0, to = 0;
+  };
+
   // Unit: neighbouring output pixels read neighbouring values, or pairs of them.
   template <int S, bool Unit, int R, int P>
   static void tile(const Conv& conv, const Element* x, const int32_t* channels, int count, int lane, int row, int pixel,
-                   int64_t ahead, bool cold, const Element* residual, Element* y) {
+                   Ahead ahead, bool cold, const Element* residual, Element* y) {
     const Geometry& g = conv.size;
     constexpr int kRow = S * S * kBlock;
     const Element* weight = conv.weight + int64_t{lane / kBlock} * conv.C * kRow + lane % kBlock;
@@ -128,13 +134,13 @@ struct InRows {
           for (int i = 0; i < kPaired; ++i) {
             const int soon = j + i + kAhead < count ? j + i + kAhead : count - 1;
             const Element* next = weight + (channels ? channels[soon] : soon) * int64_t{kRow};
-            for (int at = 0; at < kRow; at += kLine) __builtin_prefetch(next + at);
+            for (int at = 0; at < kRow; at += kLine) __builtin_prefetch(next + at, 0, 2);
           }
         }
-        if (ahead) {
+        if (j >= ahead.from && j < ahead.to) {
 #pragma GCC unroll 2
           for (int i = 0; i < kPaired; ++i) {
-            for (int at = 0; at < kRow; at += kLine) __builtin_prefetch(rows[i] + ahead + at, 0, 2);
+            for (int at = 0; at < kRow; at += kLine) __builtin_prefetch(rows[i] + ahead.distance + at, 0, 2);
           }
         }
         int64_t offset = 0;
@@ -182,7 +188,7 @@ struct InRows {
     }
   }
 
-  using Tile = void (*)(const Conv&, const Element*, const int32_t*, int, int, int, int, int64_t, bool, const Element*,
+  using Tile = void (*)(const Conv&, const Element*, const int32_t*, int, int, int, int, Ahead, bool, const Element*,
                         Element*);
 
   template <int S, bool Unit, int R, int Most>
@@ -200,15 +206,18 @@ struct InRows {
     const int lanes = last * kBlock < conv.K ? last * kBlock : conv.K;
     const int blocks = (conv.K + kBlock - 1) / kBlock;
     const int further = conv.turns * (last - block);
+    const int all = (end - row) / R * cut.tiles;
     bool cold = true;
-    for (int oy = row; oy + R <= end; oy += R) {
+    for (int oy = row, done = 0; oy + R <= end; oy += R) {
       int pixel = 0;
-      for (int i = 0; i < cut.tiles; ++i) {
+      for (int i = 0; i < cut.tiles; ++i, ++done) {
         const int width = cut.size + (i < cut.larger ? 1 : 0);
+        // Each tile fetches a share of the weights that will probably be next, so that memory keeps up with arithmetic.
+        Ahead ahead;
+        if (further > 0 && block + further < blocks) {
+          ahead = {int64_t{further} * conv.C * S * S * kBlock, count * done / all, count * (done + 1) / all};
+        }
         for (int lane = block * kBlock; lane < lanes; lane += kVectors * L) {
-          // The last tile of a block fetches the weights of the block that will probably be next.
-          const bool leaves = oy + 2 * R > end && i + 1 == cut.tiles && !cold && further > 0 && block + further < blocks;
-          const int64_t ahead = leaves ? int64_t{further} * conv.C * S * S * kBlock : 0;
           kTiles[width - 1](conv, x, channels, count, lane, oy, pixel, ahead, cold, residual, y);
         }
         pixel += width;

@@ -12,22 +12,41 @@ template <int L>
 struct InTiles {
   static constexpr int kVectors = 2;
   static constexpr int kMostTiles = kAccumulators<L> / kVectors;
+  static constexpr int kSoon = 4;  // channels
   static_assert(kMostTiles <= 12 && kVectors * L <= 32, "tile_scratch counts on it");
 
-  // products[component][tile][lane]. Fetch: the weights of the next component are brought nearer meanwhile; listed rows
-  // are nothing that a processor foresees.
-  template <bool Fetch, int P>
-  static void multiply(const float* weight, int64_t weight_step, const float* v, int64_t pitch, int64_t step,
-                       const int32_t* channels, int count, float* products) {
+  // Brings nearer the weights of some listed channels, one after the other, a piece at a time. Listed rows are nothing
+  // that a processor foresees.
+  struct Ahead {
+    const float* weight;  // of the block that they belong to, or null
+    const int32_t* channels;
+    int count;
+
+    // Piece `at` of 16 `count`, in the order in which they lie in memory.
+    GK_INLINE void fetch(int at) const {
+      const int j = at / 16;
+      const float* piece = weight + (channels ? channels[j] : j) * int64_t{kTileRow} + at % 16 * kBlock;
+      for (int i = 0; i < kBlock; i += 16) __builtin_prefetch(piece + i, 0, 2);
+    }
+  };
+
+  // products[component][tile][lane]. Meanwhile come the weights that are `ahead`, and, if they are `cold`, those of the
+  // next channels.
+  template <int P>
+  static void multiply(const float* weight, const float* v, int64_t pitch, int64_t step, const int32_t* channels,
+                       int count, bool cold, const Ahead& ahead, float* products) {
     for (int component = 0; component < 16; ++component) {
       Vector<L> sum[P][kVectors] = {};
       const float* in = v + component * step;
-      const float* rows = weight + component * weight_step;
+      const float* rows = weight + component * kBlock;
       for (int j = 0; j < count; ++j, in += pitch) {
-        const float* row = rows + (channels ? channels[j] : j) * int64_t{kBlock};
-        if constexpr (Fetch) {
-          for (int i = 0; i < kVectors * L; i += 16) __builtin_prefetch(row + weight_step + i);
+        const float* row = rows + (channels ? channels[j] : j) * int64_t{kTileRow};
+        if (component == 0 && cold) {
+          const int soon = j + kSoon < count ? j + kSoon : count - 1;
+          const float* next = weight + (channels ? channels[soon] : soon) * int64_t{kTileRow};
+          for (int i = 0; i < 16 * kBlock; i += 16) __builtin_prefetch(next + i, 0, 2);
         }
+        if (ahead.weight) ahead.fetch(component * count + j);
         Vector<L> w[kVectors];
 #pragma GCC unroll 2
         for (int i = 0; i < kVectors; ++i) {
@@ -50,7 +69,8 @@ struct InTiles {
     }
   }
 
-  using Multiply = void (*)(const float*, int64_t, const float*, int64_t, int64_t, const int32_t*, int, float*);
+  using Multiply = void (*)(const float*, const float*, int64_t, int64_t, const int32_t*, int, bool, const Ahead&,
+                            float*);
 
   // One tile of `valid` output channels from here on: its products become up to four pixels.
   static GK_INLINE void finish(const InConv& conv, const float* products, int64_t step, int rows, int columns,
@@ -102,19 +122,22 @@ struct InTiles {
   static void run(const InConv& conv, const TileGrid& grid, Strip strip, const Components& v, const int32_t* channels,
                   int count, int block, int last, const float* residual, float* y, float* scratch) {
     static constexpr auto kMultiply = []<int... P>(std::integer_sequence<int, P...>) {
-      return std::array<std::array<Multiply, 2>, kMostTiles>{
-          std::array<Multiply, 2>{multiply<false, P + 1>, multiply<true, P + 1>}...};
+      return std::array<Multiply, kMostTiles>{multiply<P + 1>...};
     }(std::make_integer_sequence<int, kMostTiles>{});
     const Geometry& g = grid.size;
     const int tiles = strip.tiles(), groups = (tiles + kMostTiles - 1) / kMostTiles;
-    const int64_t weight_step = int64_t{conv.C} * kBlock;
-    const int end = last * kBlock < conv.K ? last * kBlock : conv.K;
+    const int end = last * kBlock < conv.K ? last * kBlock : conv.K, blocks = (conv.K + kBlock - 1) / kBlock;
     for (int lane = block * kBlock; lane < end; lane += kVectors * L) {
-      const float* weight = conv.weight + int64_t{lane / kBlock} * 16 * weight_step + lane % kBlock;
+      const int mine = lane / kBlock, soon = mine + 1 < last ? mine + 1 : mine + 1 + (conv.turns - 1) * (last - block);
+      const float* weight = conv.weight + int64_t{mine} * conv.C * kTileRow + lane % kBlock;
+      const bool known = mine + 1 < last || (conv.turns > 0 && soon < blocks);
+      const Ahead next = {known ? conv.weight + int64_t{soon} * conv.C * kTileRow : nullptr, channels, count};
       for (int group = 0, at = 0; group < groups; ++group) {
         const int many = (tiles - at + groups - group - 1) / (groups - group);
         fetch(conv, grid, strip.first + at, many, lane, residual, y);
-        kMultiply[many - 1][group == 0](weight, weight_step, v.data + at, v.pitch, v.step, channels, count, scratch);
+        const Ahead ahead = group == 0 && lane % kBlock == 0 ? next : Ahead{};
+        kMultiply[many - 1](weight, v.data + at, v.pitch, v.step, channels, count, at == 0 && lane == block * kBlock,
+                            ahead, scratch);
         for (int p = 0; p < many; ++p, ++at) {
           const int row = 2 * ((strip.first + at) / grid.columns), column = 2 * ((strip.first + at) % grid.columns);
           const int64_t pixel = (int64_t{row} * g.OW + column) * conv.K + lane;

@@ -15,6 +15,7 @@ struct OutRows {
   static constexpr int L = Numbers::kLanes;
   static constexpr int kMostPixels = L == 16 ? 12 : 6;
   static constexpr int64_t kColumnBytes = 20 << 10;
+  static constexpr int kLine = 64 / sizeof(Element);  // of the cache
 
   // Output channels in a tile of this many pixels.
   static constexpr int channels_for(int pixels) {
@@ -28,16 +29,12 @@ struct OutRows {
   };
 
   // One tap of the window for the pixels [From, To) of the rows that are inside the image.
-  template <bool Fetch, int R, int P, int T, int From, int To, bool Upper, bool Lower>
+  template <int R, int P, int T, int From, int To, bool Upper, bool Lower>
   static GK_INLINE void tap(Sums<R, P, T>& sum, const Conv& conv, const Element* x, int64_t step, int64_t line,
-                            const Element* const* weight, const Element* const* ahead, int64_t offset) {
+                            const Element* const* weight, int64_t offset) {
     const Element* ws[T];
-    const Element* next[T];
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) {
-      ws[t] = weight[t] + offset;
-      if constexpr (Fetch) next[t] = ahead[t] + offset;
-    }
+    for (int t = 0; t < T; ++t) ws[t] = weight[t] + offset;
     auto accumulate = [&](auto read) __attribute__((always_inline)) {
       Operand w[T];
 #pragma GCC unroll 4
@@ -59,10 +56,6 @@ struct OutRows {
     constexpr int kStep = L * Numbers::kPaired;
     int c = 0;
     for (; c + kStep <= conv.C; c += kStep) {
-      if constexpr (Fetch) {
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) __builtin_prefetch(next[t] + c, 0, 2);
-      }
       accumulate([c](const Element* from) __attribute__((always_inline)) { return Numbers::load(from + c); });
     }
     if (c < conv.C) {
@@ -73,25 +66,29 @@ struct OutRows {
     }
   }
 
-  template <bool Fetch, int R, int P, int T, bool Upper, bool Lower>
+  template <int R, int P, int T, bool Upper, bool Lower>
   static GK_INLINE void taps(Sums<R, P, T>& sum, const Conv& conv, const Element* x, int64_t step, int64_t line,
-                             const Element* const* weight, const Element* const* ahead, int64_t offset, bool left,
-                             bool right) {
+                             const Element* const* weight, int64_t offset, bool left, bool right) {
     const int S = conv.size.S;
     for (int s = 0; s < S; ++s, x += conv.C, offset += conv.C) {
       if (left && s == 0) {
-        tap<Fetch, R, P, T, 1, P, Upper, Lower>(sum, conv, x, step, line, weight, ahead, offset);
+        tap<R, P, T, 1, P, Upper, Lower>(sum, conv, x, step, line, weight, offset);
       } else if (right && s == S - 1) {
-        tap<Fetch, R, P, T, 0, P - 1, Upper, Lower>(sum, conv, x, step, line, weight, ahead, offset);
+        tap<R, P, T, 0, P - 1, Upper, Lower>(sum, conv, x, step, line, weight, offset);
       } else {
-        tap<Fetch, R, P, T, 0, P, Upper, Lower>(sum, conv, x, step, line, weight, ahead, offset);
+        tap<R, P, T, 0, P, Upper, Lower>(sum, conv, x, step, line, weight, offset);
       }
     }
   }
 
-  // Fetch: the weights of the listed channels `ahead` are brought nearer meanwhile.
-  template <bool Fetch, int R, int P, int T>
-  static void tile(const Conv& conv, const Element* x, const int32_t* channels, const int32_t* next, int row, int pixel,
+  // What is brought nearer meanwhile: part `part` of `parts` of the weights of as many listed channels.
+  struct Ahead {
+    const int32_t* channels;
+    int part, parts;
+  };
+
+  template <int R, int P, int T>
+  static void tile(const Conv& conv, const Element* x, const int32_t* channels, const Ahead* ahead, int row, int pixel,
                    Element* planes) {
     const Geometry& g = conv.size;
     const int S = g.S;
@@ -99,25 +96,29 @@ struct OutRows {
     const int64_t step = int64_t{g.stride} * conv.C, line = int64_t{g.W} * conv.C;
     const bool left = reads_left(g, pixel), right = reads_right(g, pixel + P - 1);
     const Element* weight[T];
-    const Element* ahead[T];
-    for (int t = 0; t < T; ++t) {
-      weight[t] = conv.weight + channels[t] * filter;
-      if constexpr (Fetch) ahead[t] = conv.weight + next[t] * filter;
-    }
+    for (int t = 0; t < T; ++t) weight[t] = conv.weight + channels[t] * filter;
     Sums<R, P, T> sum = {};
     for (int r = 0; r < S; ++r) {
+      if (ahead) {
+        const int64_t share = filter / S, from = share * ahead->part / ahead->parts;
+        const int64_t to = share * (ahead->part + 1) / ahead->parts;
+        for (int t = 0; t < T; ++t) {
+          const Element* next = conv.weight + ahead->channels[t] * filter + r * share;
+          for (int64_t at = from; at < to; at += kLine) __builtin_prefetch(next + at, 0, 2);
+        }
+      }
       const int first = input_row(g, row, r);
       const Element* in = x + first * line + (int64_t{pixel} * g.stride - S / 2) * conv.C;
       const int64_t offset = int64_t{r} * S * conv.C;
       const bool upper = inside(g, first), lower = R == 2 && inside(g, first + g.stride);
       if constexpr (R == 1) {
-        if (upper) taps<Fetch, R, P, T, true, false>(sum, conv, in, step, line, weight, ahead, offset, left, right);
+        if (upper) taps<R, P, T, true, false>(sum, conv, in, step, line, weight, offset, left, right);
       } else if (upper && lower) {
-        taps<Fetch, R, P, T, true, true>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
+        taps<R, P, T, true, true>(sum, conv, in, step, line * g.stride, weight, offset, left, right);
       } else if (upper) {
-        taps<Fetch, R, P, T, true, false>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
+        taps<R, P, T, true, false>(sum, conv, in, step, line * g.stride, weight, offset, left, right);
       } else if (lower) {
-        taps<Fetch, R, P, T, false, true>(sum, conv, in, step, line * g.stride, weight, ahead, offset, left, right);
+        taps<R, P, T, false, true>(sum, conv, in, step, line * g.stride, weight, offset, left, right);
       }
     }
 #pragma GCC unroll 2
@@ -126,13 +127,13 @@ struct OutRows {
     }
   }
 
-  using Tile = void (*)(const Conv&, const Element*, const int32_t*, const int32_t*, int, int, Element*);
-  using ByChannels = std::array<std::array<Tile, 2>, 4>;
+  using Tile = void (*)(const Conv&, const Element*, const int32_t*, const Ahead*, int, int, Element*);
+  using ByChannels = std::array<Tile, 4>;
 
   template <int R, int P>
   static constexpr ByChannels by_channels() {
     return []<int... T>(std::integer_sequence<int, T...>) {
-      return ByChannels{std::array<Tile, 2>{tile<false, R, P, T + 1>, tile<true, R, P, T + 1>}...};
+      return ByChannels{tile<R, P, T + 1>...};
     }(std::make_integer_sequence<int, channels_for(R * P)>{});
   }
 
@@ -173,12 +174,14 @@ struct OutRows {
         const int width = cut.size + (i < cut.larger ? 1 : 0);
         for (int j = 0; j < count; j += most) {
           const int many = count - j < most ? count - j : most;
-          // The first tile that uses these weights fetches the next ones, which may lie anywhere.
+          // The tiles that use these weights first fetch the next ones, which may lie anywhere: each a share, so that
+          // memory keeps up with arithmetic.
           const int far = j + most < count ? j + most : conv.turns * count;
-          bool fetch = from == row && i == 0 && far > j && far + many <= listed;
-          for (int y = from; y + R <= to; y += R, fetch = false) {
-            kTiles[width - 1][many - 1][fetch](conv, x, channels + j, channels + far, y, pixel,
-                                               planes + j / Numbers::kPaired * conv.plane);
+          const bool fetch = from == row && i == 0 && far > j && far + many <= listed;
+          Ahead ahead{channels + far, 0, (to - from) / R};
+          for (int y = from; y + R <= to; y += R, ++ahead.part) {
+            kTiles[width - 1][many - 1](conv, x, channels + j, fetch ? &ahead : nullptr, y, pixel,
+                                        planes + j / Numbers::kPaired * conv.plane);
           }
         }
         pixel += width;

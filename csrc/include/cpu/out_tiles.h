@@ -20,10 +20,11 @@ struct OutTiles {
 
   static int64_t weight_row(int64_t C) { return 16 * C + 16; }
 
-  // products[t][component][lanes]
+  // products[t][component][lanes]. Meanwhile come the `next` weights, where they are not null.
   template <int M, int P, int T>
-  static void multiply(const float* const* weight, const float* v, int64_t pitch, int64_t step, int64_t C,
-                       float* products, int64_t product_step) {
+  static void multiply(const float* const* weight, const float* const* next, const float* v, int64_t pitch,
+                       int64_t step, int64_t C, float* products, int64_t product_step) {
+    constexpr int kLine = 16;  // of the cache
     const float* w[T];
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) w[t] = weight[t];
@@ -31,6 +32,9 @@ struct OutTiles {
       Vector<M> sum[P][T] = {};
       const float* in = v;
       for (int64_t c = 0; c < C; ++c, in += pitch) {
+        if (next && c % kLine == 0) {
+          for (int t = 0; t < T; ++t) __builtin_prefetch(next[t] + component * C + c, 0, 2);
+        }
         Vector<M> values[P];
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
@@ -56,7 +60,8 @@ struct OutTiles {
     }
   }
 
-  using Multiply = void (*)(const float* const*, const float*, int64_t, int64_t, int64_t, float*, int64_t);
+  using Multiply = void (*)(const float* const*, const float* const*, const float*, int64_t, int64_t, int64_t, float*,
+                            int64_t);
 
   template <int M, int P>
   static constexpr auto by_channels() {
@@ -105,7 +110,7 @@ struct OutTiles {
   static_assert(kMostChannels * 16 + 4 <= 148, "tile_scratch counts on it");
 
   static void run(const OutConv& conv, const TileGrid& grid, Strip strip, const Components& v,
-                  const int32_t* channels, int count, float* planes, float* scratch) {
+                  const int32_t* channels, int count, int listed, float* planes, float* scratch) {
     static constexpr std::array<std::array<Multiply, kMostChannels>, 4> kWide = [] {
       std::array<std::array<Multiply, kMostChannels>, 4> table{};
       table[0] = by_channels<L, 1>();
@@ -127,17 +132,22 @@ struct OutTiles {
     float* const lines = scratch + kMostChannels * 16 * v.pitch;
     for (int part = 0, j = 0; part < parts; ++part) {
       const int many = (count - j + parts - part - 1) / (parts - part);
-      const float* weight[kMostChannels];
+      const float *weight[kMostChannels], *ahead[kMostChannels];
       for (int t = 0; t < many; ++t) weight[t] = conv.weight + channels[j + t] * weight_row(conv.C);
+      const int far = j + many < count ? j + many : conv.turns * count;
+      const float* const* next = far > j && far + many <= listed ? ahead : nullptr;
+      for (int t = 0; next && t < many; ++t) ahead[t] = conv.weight + channels[far + t] * weight_row(conv.C);
       int done = 0;
       for (int group = 0; group < groups; ++group) {
         const int wide = (vectors - done + groups - group - 1) / (groups - group);
-        kWide[wide - 1][many - 1](weight, v.data + done * L, v.pitch, v.step, conv.C, scratch + done * L, v.pitch);
+        kWide[wide - 1][many - 1](weight, next, v.data + done * L, v.pitch, v.step, conv.C, scratch + done * L,
+                                  v.pitch);
         done += wide;
+        next = nullptr;
       }
       if (narrow) {
-        (narrow == 8 ? kHalf : kQuad)[many - 1](weight, v.data + done * L, v.pitch, v.step, conv.C, scratch + done * L,
-                                                v.pitch);
+        (narrow == 8 ? kHalf : kQuad)[many - 1](weight, next, v.data + done * L, v.pitch, v.step, conv.C,
+                                                scratch + done * L, v.pitch);
       }
       for (int t = 0; t < many; ++t) {
         finish(conv, grid, strip, scratch + t * 16 * v.pitch, v.pitch, conv.bias ? conv.bias[channels[j + t]] : 0.0f,
