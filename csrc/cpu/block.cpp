@@ -127,6 +127,13 @@ class Block {
     return queue;
   }
 
+  // The kernels fetch ahead from the second tile or block on; the first find nothing if nobody does it for them.
+  static void bring_rows(const float* weight, int64_t row, const int32_t* channels, int32_t count) {
+    constexpr int64_t kFloats = 1 << 14;
+    const int64_t many = std::min<int64_t>(count, ceil_div(kFloats, row));
+    for (int64_t j = 0; j < many; ++j) bring(weight + channels[j] * row, row);
+  }
+
   void run_conv1(const Item& item) const {
     const Kernels& run = kernels_for(conv1_.C);
     const int64_t n = item.sample;
@@ -134,7 +141,10 @@ class Block {
     const int32_t count = item.to - item.from;
     const float* in = x_ + n * conv1_.size.H * conv1_.size.W * conv1_.C;
     float* planes = planes_ + offset_[n] + item.from * conv1_.plane;
-    if (item.stage == Stage::out_rows) {
+    const bool on_rows = item.stage == Stage::out_rows;
+    bring_rows(on_rows ? conv1_.weight : tiles1_.weight, on_rows ? 9 * int64_t{conv1_.C} : 16 * int64_t{conv1_.C} + 16,
+               channels, count);
+    if (on_rows) {
       run.out_rows(conv1_, in, channels, count, plan_.count[n] - item.from, item.begin, item.end, planes);
       return;
     }
@@ -153,7 +163,10 @@ class Block {
     const int64_t n = item.sample, image = n * conv2_.size.H * conv2_.size.W * conv2_.K;
     const int32_t *channels = plan_.list(n), count = plan_.count[n];
     const float *planes = planes_ + offset_[n], *residual = residual_ ? residual_ + image : nullptr;
-    if (item.stage == Stage::in_rows) {
+    const bool on_rows = item.stage == Stage::in_rows;
+    const int64_t row = on_rows ? 9 * kBlock : kTileRow;
+    bring_rows((on_rows ? conv2_.weight : tiles2_.weight) + item.from * hidden_ * row, row, channels, count);
+    if (on_rows) {
       run.in_rows(conv2_, planes, channels, count, item.from, item.to, item.begin, item.end, residual, y_ + image);
       return;
     }

@@ -45,6 +45,7 @@ Tensor channel_gate(const Tensor& given_x, const Tensor& weight1, const Tensor& 
   torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> mean(C), inner(hidden);
     for (int64_t n = begin; n < end; ++n) {
+      if (n == begin) bring(w1, hidden * C), bring(w2, out * hidden);
       std::fill(mean.begin(), mean.end(), 0.0f);
       for (int64_t h = 0; h < H; ++h) add_row(n, h, mean.data());
       for (float& m : mean) m /= static_cast<float>(H * W);

@@ -19,7 +19,6 @@ struct InRows {
   static constexpr int kVectors = 2;
   static constexpr int kChain = Numbers::kChain;
   static constexpr int kLine = 64 / sizeof(Element);  // of the cache
-  static constexpr int kAhead = 6;  // gathered weight rows start a new stream each: fetch this many ahead
 
   template <int R, int P>
   struct Sums {
@@ -81,6 +80,7 @@ struct InRows {
                    Ahead ahead, bool cold, const Element* residual, Element* y) {
     const Geometry& g = conv.size;
     constexpr int kRow = S * S * kBlock;
+    constexpr int kSoon = S == 1 ? 48 : 6;  // gathered rows start a new stream each: fetch this many ahead
     const Element* weight = conv.weight + int64_t{lane / kBlock} * conv.C * kRow + lane % kBlock;
     const int64_t pixel_step = Unit ? kPaired : conv.pixel_step, line = conv.row_step;
     const int64_t step = Unit ? kPaired : pixel_step * g.stride;
@@ -132,7 +132,7 @@ struct InRows {
         if (cold) {
 #pragma GCC unroll 2
           for (int i = 0; i < kPaired; ++i) {
-            const int soon = j + i + kAhead < count ? j + i + kAhead : count - 1;
+            const int soon = j + i + kSoon < count ? j + i + kSoon : count - 1;
             const Element* next = weight + (channels ? channels[soon] : soon) * int64_t{kRow};
             for (int at = 0; at < kRow; at += kLine) __builtin_prefetch(next + at, 0, 2);
           }
