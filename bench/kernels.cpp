@@ -59,7 +59,7 @@ void measure_tiles(const Kernels& kernels) {
       const int count = std::max(1, static_cast<int>(density * C + 0.5)), most = std::max(16, 8192 / C);
       const size_t image = size_t(H) * H * C;
       const int64_t plane = (H * H + 15) / 16 * 16 + 16;
-      const std::vector<float> x(N * image, 0.01f), weight(size_t(C) * 17 * C + 16 * C, 0.01f), bias(C, 0.01f);
+      const std::vector<float> x(N * image, 0.01f), weight(size_t(C) * (16 * C + 16), 0.01f), bias(C, 0.01f);
       std::vector<float> planes(N * C * plane), y(N * image), data(Components::floats(C, 160) + 16);
       std::vector<float> scratch(tile_scratch(grid, 160));
       float* const aligned = data.data() + (64 - reinterpret_cast<uintptr_t>(data.data()) % 64) % 64 / sizeof(float);

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "block.h"
+#include "cpu/bring.h"
 #include "queue.h"
 #include "strips.h"
 
@@ -164,8 +165,8 @@ class Block {
     const int32_t *channels = plan_.list(n), count = plan_.count[n];
     const float *planes = planes_ + offset_[n], *residual = residual_ ? residual_ + image : nullptr;
     const bool on_rows = item.stage == Stage::in_rows;
-    const int64_t row = on_rows ? 9 * kBlock : kTileRow;
-    bring_rows((on_rows ? conv2_.weight : tiles2_.weight) + item.from * hidden_ * row, row, channels, count);
+    const int64_t row = on_rows ? 9 * kBlock : kTileRow, block = hidden_ * (on_rows ? row : 4 * row);
+    bring_rows((on_rows ? conv2_.weight : tiles2_.weight) + item.from * block, row, channels, count);
     if (on_rows) {
       run.in_rows(conv2_, planes, channels, count, item.from, item.to, item.begin, item.end, residual, y_ + image);
       return;
@@ -225,8 +226,8 @@ Tensor packed_block(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
                   "weight2 is packed as (K / 32, M, 3, 3, 32)");
   STD_TORCH_CHECK(!tiles1 || (tiles1->is_contiguous() && tiles1->numel() == hidden * (16 * C + 16)),
                   "tiles1 is packed as (M, 16 C + 16)");
-  STD_TORCH_CHECK(!tiles2 || (tiles2->is_contiguous() && tiles2->numel() == ceil_div(out, kBlock) * hidden * kTileRow),
-                  "tiles2 is packed as (K / 32, M, 17 * 32)");
+  STD_TORCH_CHECK(!tiles2 || (tiles2->is_contiguous() && tiles2->numel() == ceil_div(out, kBlock) * 4 * hidden * kTileRow),
+                  "tiles2 is packed as (K / 32, 4, M, 4 * 32)");
   STD_TORCH_CHECK(mask.size(0) == x.size(0) && mask.size(1) == hidden, "mask has shape (N, M)");
   if (x.scalar_type() == ScalarType::BFloat16) {
     return packed_block_bf16(x, weight1, bias1, weight2, bias2, mask, residual, stride);

@@ -1,6 +1,7 @@
 // The channel gate at inference: pooling, two small layers and the threshold, in one pass.
 #include <algorithm>
 
+#include "cpu/bring.h"
 #include "tensors.h"
 
 namespace gatedkernels {

@@ -55,11 +55,6 @@ void in_order(int64_t total, const Item& item) {
   run_in_order(total, threads(), parallel, item);
 }
 
-// Brings memory into the second-level cache while the caller does something else.
-inline void bring(const float* from, int64_t floats) {
-  for (int64_t at = 0; at < floats; at += 16) __builtin_prefetch(from + at, 0, 2);
-}
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The active channels of every sample, and how many they are.

@@ -6,7 +6,7 @@ library computes gates and blocks from them in float32 and bfloat16, single conv
 definitions below serve, from the same tensors.
 
 3 x 3 filters may come a second time, transformed for Winograd's minimal filtering F(2 x 2, 3 x 3) (Lavin and Gray,
-2016, section 4.1), as rows (K, 16 C + 16) and as blocks (ceil(K / 32), C, 17 * 32): the library then computes from
+2016, section 4.1), as rows (K, 16 C + 16) and as blocks (ceil(K / 32), 4, C, 4 * 32): the library then computes from
 these wherever it is faster, in float32.
 """
 
@@ -47,7 +47,7 @@ def unpack_blocks(blocks: Tensor, out_channels: int) -> Tensor:
 # Filters to components; pixels to components and components to pixels are in csrc/include/cpu/tiles.h.
 _TO_TILES = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 _LEAST_TILES = 9  # as in csrc/cpu/strips.h
-_ROW_PADDING = 16  # floats at the end of each row, which keep rows out of each other's cache sets; BLOCK in blocks
+_ROW_PADDING = 16  # floats at the end of each row, which keep rows out of each other's cache sets
 
 
 def pack_stem(weight: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def pack_tile_rows(weight: Tensor) -> Tensor:
 def pack_tile_blocks(weight: Tensor) -> Tensor:
     """Filters (K, C, 3, 3) as blocks of components."""
     padded = pad(_tiles(weight), (0, 0, 0, 0, 0, -len(weight) % BLOCK))
-    return pad(padded.unflatten(0, (-1, BLOCK)).permute(0, 2, 3, 1).flatten(2), (0, BLOCK))
+    return padded.unflatten(0, (-1, BLOCK)).unflatten(3, (4, 4)).permute(0, 3, 2, 4, 1).flatten(3).contiguous()
 
 
 def _channel_gate(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:

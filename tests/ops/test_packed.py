@@ -76,12 +76,11 @@ def test_layouts_of_transformed_weights():
     weight = torch.randn(33, 5, 3, 3)
     rows, blocks = pack_tile_rows(weight), pack_tile_blocks(weight)
     assert rows.shape == (33, 16 * 5 + 16)
-    assert blocks.shape == (2, 5, 17 * 32)
+    assert blocks.shape == (2, 4, 5, 4 * 32)
     components = rows[:, :-16].unflatten(1, (16, 5))
-    pieces = blocks[..., :-32].unflatten(2, (16, 32))
-    assert torch.equal(pieces.permute(0, 3, 2, 1).flatten(0, 1)[:33], components)
+    pieces = blocks.unflatten(3, (4, 32)).transpose(2, 3).flatten(1, 2)
+    assert torch.equal(pieces.permute(0, 3, 1, 2).flatten(0, 1)[:33], components)
     assert not rows[:, -16:].any()
-    assert not blocks[..., -32:].any()
     corners = torch.stack([weight[..., i, j] for i in (0, 2) for j in (0, 2)], 1)
     assert torch.equal(components[:, [0, 3, 12, 15]], corners)  # they go into their components alone
 

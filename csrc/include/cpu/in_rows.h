@@ -3,6 +3,7 @@
 // A tile is R rows of P pixels times two vectors of output channels.
 #pragma once
 
+#include "cpu/bring.h"
 #include "cpu/numbers.h"
 #include "cpu/rows.h"
 
@@ -134,14 +135,12 @@ struct InRows {
           for (int i = 0; i < kPaired; ++i) {
             const int soon = j + i + kSoon < count ? j + i + kSoon : count - 1;
             const Element* next = weight + (channels ? channels[soon] : soon) * int64_t{kRow};
-            for (int at = 0; at < kRow; at += kLine) __builtin_prefetch(next + at, 0, 2);
+            bring(next, kRow);
           }
         }
         if (j >= ahead.from && j < ahead.to) {
 #pragma GCC unroll 2
-          for (int i = 0; i < kPaired; ++i) {
-            for (int at = 0; at < kRow; at += kLine) __builtin_prefetch(rows[i] + ahead.distance + at, 0, 2);
-          }
+          for (int i = 0; i < kPaired; ++i) bring(rows[i] + ahead.distance, kRow);
         }
         int64_t offset = 0;
         for (int r = 0; r < S; ++r, in += line, offset += S * kBlock) {

@@ -3,6 +3,7 @@
 // L lanes; a register tile is P tiles times two vectors of output channels.
 #pragma once
 
+#include "cpu/bring.h"
 #include "cpu/rows.h"
 #include "cpu/tiles.h"
 
@@ -15,38 +16,27 @@ struct InTiles {
   static constexpr int kSoon = 4;  // channels
   static_assert(kMostTiles <= 12 && kVectors * L <= 32, "tile_scratch counts on it");
 
-  // Brings nearer the weights of some listed channels, one after the other, a piece at a time. Listed rows are nothing
-  // that a processor foresees.
-  struct Ahead {
-    const float* weight;  // of the block that they belong to, or null
-    const int32_t* channels;
-    int count;
-
-    // Piece `at` of 16 `count`, in the order in which they lie in memory.
-    GK_INLINE void fetch(int at) const {
-      const int j = at / 16;
-      const float* piece = weight + (channels ? channels[j] : j) * int64_t{kTileRow} + at % 16 * kBlock;
-      for (int i = 0; i < kBlock; i += 16) __builtin_prefetch(piece + i, 0, 2);
-    }
-  };
-
-  // products[component][tile][lane]. Meanwhile come the weights that are `ahead`, and, if they are `cold`, those of the
-  // next channels.
+  // products[component][tile][lane]. Four components at a time, and meanwhile the weights of the next four come nearer,
+  // in the order in which they lie in memory: listed rows are nothing that a processor foresees. Behind the last four
+  // come the first ones of the block `next`, if it is not null. If the first ones are `cold`, they come now.
   template <int P>
-  static void multiply(const float* weight, const float* v, int64_t pitch, int64_t step, const int32_t* channels,
-                       int count, bool cold, const Ahead& ahead, float* products) {
+  static void multiply(const float* weight, int64_t C, const float* next, const float* v, int64_t pitch, int64_t step,
+                       const int32_t* channels, int count, bool cold, float* products) {
+    const int64_t quarter = C * kTileRow;
     for (int component = 0; component < 16; ++component) {
       Vector<L> sum[P][kVectors] = {};
       const float* in = v + component * step;
-      const float* rows = weight + component * kBlock;
-      for (int j = 0; j < count; ++j, in += pitch) {
-        const float* row = rows + (channels ? channels[j] : j) * int64_t{kTileRow};
+      const float* const four = weight + component / 4 * quarter;
+      const float* const soon = component / 4 < 3 ? four + quarter : next;
+      const float* const rows = four + component % 4 * kBlock;
+      int ahead = component % 4 * count;  // pieces of the next four that have been fetched
+      for (int j = 0; j < count; ++j, ++ahead, in += pitch) {
         if (component == 0 && cold) {
-          const int soon = j + kSoon < count ? j + kSoon : count - 1;
-          const float* next = weight + (channels ? channels[soon] : soon) * int64_t{kTileRow};
-          for (int i = 0; i < 16 * kBlock; i += 16) __builtin_prefetch(next + i, 0, 2);
+          const int late = j + kSoon < count ? j + kSoon : count - 1;
+          bring(four + row_of(channels, late), kTileRow);
         }
-        if (ahead.weight) ahead.fetch(component * count + j);
+        if (soon) bring(soon + row_of(channels, ahead / 4) + ahead % 4 * kBlock, kVectors * L);
+        const float* row = rows + row_of(channels, j);
         Vector<L> w[kVectors];
 #pragma GCC unroll 2
         for (int i = 0; i < kVectors; ++i) {
@@ -69,8 +59,10 @@ struct InTiles {
     }
   }
 
-  using Multiply = void (*)(const float*, const float*, int64_t, int64_t, const int32_t*, int, bool, const Ahead&,
-                            float*);
+  static GK_INLINE int64_t row_of(const int32_t* channels, int j) { return (channels ? channels[j] : j) * int64_t{kTileRow}; }
+
+  using Multiply = void (*)(const float*, int64_t, const float*, const float*, int64_t, int64_t, const int32_t*, int,
+                            bool, float*);
 
   // One tile of `valid` output channels from here on: its products become up to four pixels.
   static GK_INLINE void finish(const InConv& conv, const float* products, int64_t step, int rows, int columns,
@@ -129,15 +121,15 @@ struct InTiles {
     const int end = last * kBlock < conv.K ? last * kBlock : conv.K, blocks = (conv.K + kBlock - 1) / kBlock;
     for (int lane = block * kBlock; lane < end; lane += kVectors * L) {
       const int mine = lane / kBlock, soon = mine + 1 < last ? mine + 1 : mine + 1 + (conv.turns - 1) * (last - block);
-      const float* weight = conv.weight + int64_t{mine} * conv.C * kTileRow + lane % kBlock;
+      const int64_t block_floats = 4 * int64_t{conv.C} * kTileRow;
+      const float* weight = conv.weight + mine * block_floats + lane % kBlock;
       const bool known = mine + 1 < last || (conv.turns > 0 && soon < blocks);
-      const Ahead next = {known ? conv.weight + int64_t{soon} * conv.C * kTileRow : nullptr, channels, count};
       for (int group = 0, at = 0; group < groups; ++group) {
         const int many = (tiles - at + groups - group - 1) / (groups - group);
         fetch(conv, grid, strip.first + at, many, lane, residual, y);
-        const Ahead ahead = group == 0 && lane % kBlock == 0 ? next : Ahead{};
-        kMultiply[many - 1](weight, v.data + at, v.pitch, v.step, channels, count, at == 0 && lane == block * kBlock,
-                            ahead, scratch);
+        const float* next = known && group + 1 == groups ? conv.weight + soon * block_floats : nullptr;
+        kMultiply[many - 1](weight, conv.C, next, v.data + at, v.pitch, v.step, channels, count,
+                            group == 0 && lane == block * kBlock, scratch);
         for (int p = 0; p < many; ++p, ++at) {
           const int row = 2 * ((strip.first + at) / grid.columns), column = 2 * ((strip.first + at) % grid.columns);
           const int64_t pixel = (int64_t{row} * g.OW + column) * conv.K + lane;

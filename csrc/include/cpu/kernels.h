@@ -8,7 +8,7 @@
 namespace gatedkernels {
 
 constexpr int kBlock = 32;  // output channels in one block of packed in-gated weights
-constexpr int kTileRow = 17 * kBlock;  // floats of an input channel in a block of transformed ones; not a power of two
+constexpr int kTileRow = 4 * kBlock;  // floats of an input channel in a block of transformed ones, four components each
 
 struct Geometry {
   int H, W, OH, OW, stride, S;  // S is 1 or 3, the padding S / 2
@@ -133,7 +133,7 @@ struct Kernels {
   void (*plane_tiles)(const TileGrid&, Strip, const float* planes, int64_t plane, int from, int to, const Components&,
                       float* scratch);
   // out_rows and in_rows for a strip of tiles, from components; weights transformed: (K, 16, C) with 16 more floats at
-  // the end of each row, and (K / kBlock, C, 16, kBlock) with kBlock more.
+  // the end of each row, and (K / kBlock, 4, C, 4, kBlock): four components at a time.
   void (*out_tiles)(const OutConv&, const TileGrid&, Strip, const Components&, const int32_t* channels, int count,
                     int listed, float* planes, float* scratch);
   void (*in_tiles)(const InConv&, const TileGrid&, Strip, const Components&, const int32_t* channels, int count,

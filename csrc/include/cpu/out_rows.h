@@ -2,6 +2,7 @@
 // A tile is R rows of P pixels times T output channels, all partial sums over the lanes in registers.
 #pragma once
 
+#include "cpu/bring.h"
 #include "cpu/numbers.h"
 #include "cpu/rows.h"
 
@@ -15,7 +16,6 @@ struct OutRows {
   static constexpr int L = Numbers::kLanes;
   static constexpr int kMostPixels = L == 16 ? 12 : 6;
   static constexpr int64_t kColumnBytes = 20 << 10;
-  static constexpr int kLine = 64 / sizeof(Element);  // of the cache
 
   // Output channels in a tile of this many pixels.
   static constexpr int channels_for(int pixels) {
@@ -101,11 +101,8 @@ struct OutRows {
     for (int r = 0; r < S; ++r) {
       if (ahead) {
         const int64_t share = filter / S, from = share * ahead->part / ahead->parts;
-        const int64_t to = share * (ahead->part + 1) / ahead->parts;
-        for (int t = 0; t < T; ++t) {
-          const Element* next = conv.weight + ahead->channels[t] * filter + r * share;
-          for (int64_t at = from; at < to; at += kLine) __builtin_prefetch(next + at, 0, 2);
-        }
+        const int64_t many = share * (ahead->part + 1) / ahead->parts - from;
+        for (int t = 0; t < T; ++t) bring(conv.weight + ahead->channels[t] * filter + r * share + from, many);
       }
       const int first = input_row(g, row, r);
       const Element* in = x + first * line + (int64_t{pixel} * g.stride - S / 2) * conv.C;
