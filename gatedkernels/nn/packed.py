@@ -16,6 +16,7 @@ from gatedkernels.nn.fold import fold_norm
 from gatedkernels.nn.gate import ChannelGate, Gate
 from gatedkernels.nn.gated_conv import GatedConv2d
 from gatedkernels.nn.masks import check_mask, spread
+from gatedkernels.nn.pages import on_large_pages
 from gatedkernels.ops import gated_block, gated_conv2d
 from gatedkernels.ops.packed import (
     pack_blocks,
@@ -47,7 +48,7 @@ class Packed(nn.Module):
 
     def _keep(self, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
-            self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+            self.register_buffer(name, None if tensor is None else on_large_pages(tensor))
 
 
 class PackedGate(Packed):
