@@ -150,6 +150,10 @@ NETWORKS = tuple(
     for images, batch, kept in product(IMAGES, BATCHES, (0.3, 1.0))
 )
 
+# The same blocks and networks where weights and activations are bfloat16.
+BLOCKS_BF16 = tuple(replace(case, dtype="bfloat16") for case in BLOCKS)
+NETWORKS_BF16 = tuple(replace(case, dtype="bfloat16") for case in NETWORKS)
+
 FUNCTIONALS = tuple(
     FunctionalCase(operation, *shape, batch, density, layout)
     for operation, shape, batch, density, layout in product(
@@ -157,9 +161,9 @@ FUNCTIONALS = tuple(
     )
 )
 
-_FLOAT = ("dtype", ("float32",))
 _MOST = ("density", DENSITIES[1:])
 _LEAST = ("density", DENSITIES[:1])
+_BUDGET = ("kept", (0.3,))
 # ViT-Tiny on 224×224 images in patches of 28 pixels, ViT-Small in patches of 16.
 LINEARS = tuple(
     LinearCase(gated, *shape, batch, density, baseline)
@@ -172,13 +176,17 @@ LINEARS = tuple(
 )
 
 LIMITS = (
-    Limit("block", "efficiency", 1.10, geomean=True, only=(_FLOAT, _MOST)),
-    Limit("block", "efficiency", 0.95, allowed=4, only=(_FLOAT, _MOST)),
-    Limit("block", "efficiency", 0.85, only=(_FLOAT, _MOST)),
-    Limit("block", "efficiency", 0.70, only=(_FLOAT, _LEAST)),
+    Limit("block", "efficiency", 1.10, geomean=True, only=(_MOST,)),
+    Limit("block", "efficiency", 0.95, allowed=4, only=(_MOST,)),
+    Limit("block", "efficiency", 0.85, only=(_MOST,)),
+    Limit("block", "efficiency", 0.70, only=(_LEAST,)),
     Limit("block", "speedup", NEVER_SLOWER),
-    Limit("network", "speedup", 2.7, only=(_FLOAT, ("kept", (0.3,)))),
-    Limit("network", "speedup", 0.97, only=(_FLOAT, ("kept", (1.0,)))),
+    Limit("network", "speedup", 2.7, only=(_BUDGET,)),
+    Limit("network", "speedup", 0.97, only=(("kept", (1.0,)),)),
+    Limit("block_bf16", "efficiency", 1.0, geomean=True, only=(_MOST,)),
+    Limit("block_bf16", "efficiency", 0.80, only=(_MOST,)),
+    Limit("block_bf16", "efficiency", 0.55, only=(_LEAST,)),
+    Limit("network_bf16", "speedup", 2.2, only=(_BUDGET,)),
     Limit("functional", "speedup", NEVER_SLOWER),
     Limit("linear", "speedup", NEVER_SLOWER, only=(("baseline", "eager"),)),
 )
@@ -204,10 +212,21 @@ GROUPS: dict[str, tuple[BlockCase | NetworkCase | FunctionalCase | LinearCase, .
     "block": BLOCKS,
     "masks": mask_cases(recordings()),
     "cold": COLD,
+    "block_bf16": BLOCKS_BF16,
     "network": NETWORKS,
+    "network_bf16": NETWORKS_BF16,
     "functional": FUNCTIONALS,
     "linear": LINEARS,
 }
 
 # What a case takes beside the seconds it is timed for: building, checking, choosing the baseline; two Zen 4 cores.
-SECONDS_BESIDE = {"block": 0.4, "masks": 0.4, "cold": 0.5, "network": 20.0, "functional": 0.6, "linear": 0.4}
+SECONDS_BESIDE = {
+    "block": 0.4,
+    "masks": 0.4,
+    "cold": 0.5,
+    "block_bf16": 0.4,
+    "network": 20.0,
+    "network_bf16": 20.0,
+    "functional": 0.6,
+    "linear": 0.4,
+}

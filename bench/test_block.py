@@ -24,3 +24,9 @@ def test_masks(case: BlockCase, run: Any) -> None:
 def test_cold(case: BlockCase, run: Any) -> None:
     with block_trial(case) as trial:
         run(case, trial)
+
+
+@pytest.mark.parametrize("case", GROUPS["block_bf16"], indirect=True, ids=str)
+def test_block_bf16(case: BlockCase, run: Any) -> None:
+    with block_trial(case) as trial:
+        run(case, trial)

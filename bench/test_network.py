@@ -12,3 +12,9 @@ from bench.trials import network_trial
 def test_network(case: NetworkCase, run: Any, pytestconfig: pytest.Config) -> None:
     with network_trial(case, complete=pytestconfig.getoption("benchmark")) as trial:
         run(case, trial)
+
+
+@pytest.mark.parametrize("case", GROUPS["network_bf16"], indirect=True, ids=str)
+def test_network_bf16(case: NetworkCase, run: Any, pytestconfig: pytest.Config) -> None:
+    with network_trial(case, complete=pytestconfig.getoption("benchmark")) as trial:
+        run(case, trial)

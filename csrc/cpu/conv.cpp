@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "tensors.h"
+#include "packed_conv.h"
 
 namespace gatedkernels {
 namespace {
@@ -153,11 +153,15 @@ Tensor gated_conv2d(const Tensor& given_x, const Tensor& weight, const MaybeTens
 Tensor packed_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, const MaybeTensor& in_mask,
                      const MaybeTensor& out_mask, const MaybeTensor& given_residual, int64_t out_channels,
                      int64_t stride, bool relu) {
-  check_float(x, 4), check_float(weight, 5);
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 5, "x is (N, C, H, W), weight is packed");
   const int64_t taps = weight.size(2);
   STD_TORCH_CHECK(weight.is_contiguous() && (taps == 1 || taps == 3) && weight.size(1) == x.size(1) &&
                       weight.size(0) == ceil_div(out_channels, kBlock) && bias.size(0) == out_channels,
                   "weight is packed as (K / 32, C, S, S, 32)");
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    return packed_conv2d_bf16(x, weight, bias, in_mask, out_mask, given_residual, out_channels, stride, relu);
+  }
+  check_float(x, 4), check_float(weight, 5);
   const std::optional<Plan> plan = in_mask ? std::optional<Plan>(*in_mask) : std::nullopt;
   const MaybeTensor open = row_major(out_mask);
   const MaybeTensor residual = given_residual ? MaybeTensor(channels_last(*given_residual)) : given_residual;

@@ -9,13 +9,13 @@ namespace gatedkernels {
 Tensor channel_gate(const Tensor& given_x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                     const Tensor& bias2) {
   const ScalarType dtype = given_x.scalar_type();
-  STD_TORCH_CHECK(given_x.dim() == 4 && given_x.is_cpu() && dtype == weight1.scalar_type() &&
-                      dtype == weight2.scalar_type(),
-                  "the gate's weights have the dtype of x");
-  // bfloat16 is read as it lies where pixels are rows of channels, and in float32 elsewhere.
+  STD_TORCH_CHECK(given_x.dim() == 4 && given_x.is_cpu(), "x is (N, C, H, W) on the CPU");
+  // bfloat16 is read as it lies where pixels are rows of channels, and in float32 elsewhere; weights may be of either.
   const bool is_bf16 = dtype == ScalarType::BFloat16;
   const Bf16Kernels* narrow = is_bf16 && given_x.stride(1) == 1 ? bf16_kernels() : nullptr;
-  auto wide = [&](const Tensor& t) { return is_bf16 ? converted(t, ScalarType::Float) : t; };
+  auto wide = [](const Tensor& t) {
+    return t.scalar_type() == ScalarType::BFloat16 ? converted(t, ScalarType::Float) : t;
+  };
   const Tensor x = narrow ? given_x : wide(given_x), matrix1 = wide(weight1), matrix2 = wide(weight2);
   const Tensor shift1 = wide(bias1), shift2 = wide(bias2);
   check_float(matrix1, 2), check_float(matrix2, 2);

@@ -29,6 +29,7 @@ from gatedkernels.ops.packed import (
 )
 
 _ops = torch.ops.gatedkernels
+_NATIVE = (torch.float32, torch.bfloat16)
 _WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
 _BLOCK_WEIGHTS = (*_WEIGHTS, "tiles1", "tiles2")
 
@@ -65,17 +66,17 @@ class PackedGate(Packed):
         weight1, bias1 = fold_norm(gate.conv1.weight, gate.conv1.bias, gate.bn)
         weight2, bias2 = gate.conv2.weight.flatten(1), gate.conv2.bias
         self._keep(
-            weight1=weight1.flatten(1),
-            bias1=bias1,
-            weight2=weight2,
-            bias2=weight2.new_zeros(len(weight2)) if bias2 is None else bias2,
+            weight1=as_computed(weight1.flatten(1)),
+            bias1=as_computed(bias1),
+            weight2=as_computed(weight2),
+            bias2=as_computed(weight2.new_zeros(len(weight2)) if bias2 is None else bias2),
         )
         self.shapes = ConvShape.of(gate.conv1), ConvShape.of(gate.conv2)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""
-        check_images(x, self.shapes[0].in_channels, self.weight1)
+        check_images(x, self.shapes[0].in_channels, self.weight1, is_computed=True)
         if _is_native(x):
             return _ops.channel_gate(x, *map(self._buffers.__getitem__, _WEIGHTS))
         hidden = nn.functional.linear(x.mean((2, 3)), self.weight1, self.bias1).relu()
@@ -106,7 +107,7 @@ class PackedConv2d(Packed):
             and self.shape.stride in ((1, 1), (2, 2))
             and self.shape.dilation == (1, 1)
             and self.shape.groups == 1
-            and weight.dtype == torch.float32
+            and weight.dtype in _NATIVE
         )
         self._keep(
             weight=pack_blocks(weight) if self.is_packed else weight.contiguous(memory_format=torch.channels_last),
@@ -124,7 +125,7 @@ class PackedConv2d(Packed):
         """Convolve; ``in_mask`` and ``out_mask``, bool, shape (N, channels), close channels."""
         shape = self.shape
         check_images(x, shape.in_channels, self.weight)
-        if self.is_packed and x.dtype == torch.float32:
+        if self.is_packed and (x.dtype == torch.float32 or (_is_native(x) and in_mask is out_mask is None)):
             if self.extra_padding:
                 x = pad(x, (self.extra_padding,) * 4)
             stride, channels = shape.stride[0], shape.out_channels
@@ -335,16 +336,28 @@ class PackedBottleneck(PackedResidual):
 
 def _is_native(x: Tensor) -> bool:
     """Whether the operators of gates and basic blocks serve this input: everything but other dtypes."""
-    return x.dtype in (torch.float32, torch.bfloat16)
+    return x.dtype in _NATIVE
 
 
-def check_images(x: Tensor, channels: int, weight: Tensor) -> None:
-    """Refuse what the kernels would misread; the operators themselves check no more than invariants."""
+def as_computed(weight: Tensor) -> Tensor:
+    """Weights of small layers in the dtype that they are computed in."""
+    return weight.float() if weight.dtype == torch.bfloat16 else weight
+
+
+def check_images(x: Tensor, channels: int, weight: Tensor, is_computed: bool = False) -> None:
+    """Refuse what the kernels would misread; the operators themselves check no more than invariants.
+
+    Args:
+        x: What should be images.
+        channels: Channels that they should have.
+        weight: Weights that they meet.
+        is_computed: Whether these went through ``as_computed``.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x must have shape (N, {channels}, H, W), got {tuple(x.shape)}")
-    if x.dtype != weight.dtype:
+    if x.dtype != weight.dtype and not (is_computed and _is_native(x) and weight.dtype in _NATIVE):
         raise TypeError(f"x must have the dtype of the optimised module, {weight.dtype}, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x must be on the device of the optimised module, {weight.device}, got {x.device}")
