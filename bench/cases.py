@@ -219,6 +219,9 @@ GROUPS: dict[str, tuple[BlockCase | NetworkCase | FunctionalCase | LinearCase, .
     "linear": LINEARS,
 }
 
+# Groups that are measured where they are asked for; the others take ten minutes.
+ON_REQUEST = ("block_bf16", "network_bf16")
+
 # What a case takes beside the seconds it is timed for: building, checking, choosing the baseline; two Zen 4 cores.
 SECONDS_BESIDE = {
     "block": 0.4,

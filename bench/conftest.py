@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import GROUPS, SECONDS_BESIDE
+from bench.cases import GROUPS, ON_REQUEST, SECONDS_BESIDE
 from bench.report import markdown
 from bench.results import Results
 from bench.runner import Cell, make_cell, measure, try_once
@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--benchmark", action="store_true", help="Measure; else only see that the cases run.")
     group.addoption("--results", type=Path, help="File for the results (bench/results/<machine>-<date>.json).")
     group.addoption("--seconds", type=float, default=1.0, help="Seconds to measure each case, about (%(default)s).")
-    group.addoption("--groups", help=f"Groups of cases, separated by commas (all: {','.join(GROUPS)}).")
+    group.addoption("--groups", help=f"Groups of cases, separated by commas (all but {', '.join(ON_REQUEST)}).")
     group.addoption("--threads", type=int, help="Threads to compute with (PyTorch's setting).")
 
 
@@ -62,7 +62,9 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
 
 def _groups(config: pytest.Config) -> list[str]:
     chosen = config.getoption("groups")
-    return list(GROUPS) if chosen is None else chosen.split(",")
+    if chosen is not None:
+        return chosen.split(",")
+    return [group for group in GROUPS if not (config.getoption("benchmark") and group in ON_REQUEST)]
 
 
 def _group(item: pytest.Item) -> str:

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from gatedkernels.nn import Branch, GatedBasicBlock, GatedBottleneck, GatedConv2d, check_branch
 from gatedkernels.nn.packed import Packed, PackedBasicBlock, PackedBottleneck, PackedConv2d, PackedGatedConv2d
-from gatedkernels.nn.packed_stem import PackedStem
+from gatedkernels.nn.packed_stem import PackedPool, PackedStem
 
 
 def _fold_outside(model: nn.Module) -> None:
-    """Fold what the model names in ``foldable``: the convolution before its blocks, and what follows it."""
+    """Fold what the model names in ``foldable``, the convolution before its blocks and what follows it.
+
+    The global poolings that it names in ``poolings`` are replaced.
+    """
     for names in getattr(model, "foldable", ()):
         conv, norm, activation, pool = (getattr(model, name) for name in names)
         is_relu = isinstance(activation, nn.ReLU)
@@ -28,6 +31,8 @@ def _fold_outside(model: nn.Module) -> None:
         for name, is_folded in folded.items():
             if is_folded:
                 setattr(model, name, nn.Identity())
+    for name in getattr(model, "poolings", ()):
+        setattr(model, name, PackedPool())
 
 
 PACKERS: dict[type[nn.Module], Callable[[Any, Branch], Packed]] = {

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from gatedkernels.models._registry import register_model
@@ -40,6 +39,7 @@ class GatedResNet(nn.Module):
 
     # Convolution, normalisation, activation and pooling before the blocks, for `optimize` to fold into one.
     foldable: ClassVar[tuple[tuple[str, str, str, str], ...]] = (("conv1", "bn1", "relu", "maxpool"),)
+    poolings: ClassVar[tuple[str, ...]] = ("avgpool",)
     default_branch: Branch = "gated"  # an optimised copy serves one branch, and it may be the other
 
     def __init__(
@@ -81,7 +81,7 @@ class GatedResNet(nn.Module):
                 blocks.append(block(channels, planes << i, stride, **options))
                 channels = (planes << i) * block.expansion
             self.add_module(stage, nn.Sequential(*blocks))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool: nn.Module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
         self.num_features = channels
         self.fc: nn.Module = nn.Identity() if num_classes is None else nn.Linear(channels, num_classes)
         for module in self.modules():
@@ -136,7 +136,7 @@ class GatedResNet(nn.Module):
             else:
                 x, decided = block(x, mask=brought, return_gate=True)
                 gates.update(zip(keys, decided, strict=True))
-        y = self.fc(torch.flatten(self.avgpool(x), 1))
+        y = self.fc(self.avgpool(x))
         return (y, gates) if return_gates else y
 
     def _check_masks(self, branch: Branch, masks: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:

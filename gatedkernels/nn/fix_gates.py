@@ -3,12 +3,14 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gatedkernels.nn.gate import Gate, gate_key
+from gatedkernels.nn.packed import PackedGate
 
 _DRAWS = 16
 
@@ -45,8 +47,12 @@ def fix_gates(model: nn.Module, density: float | Mapping[str, float], seed: int 
             raise ValueError(f"density must lie in [0, 1], got {value}")
     with ExitStack() as stack:
         for key, value in densities.items():
-            handle = gates[key].register_forward_hook(_FixedMasks(key, value, seed))
-            stack.callback(handle.remove)
+            gate, masks = gates[key], _FixedMasks(key, value, seed)
+            if isinstance(gate, PackedGate):  # part of its block's operator
+                stack.callback(setattr, gate, "fixed", gate.fixed)
+                gate.fixed = partial(masks.of_packed, gate)
+            else:
+                stack.callback(gate.register_forward_hook(masks).remove)
         yield
 
 
@@ -59,17 +65,23 @@ class _FixedMasks:
         self.drawn: dict[tuple[Any, ...], list[Gate]] = {}
 
     def __call__(self, module: nn.Module, args: Any, output: Gate | Tensor) -> Gate | Tensor:
-        mask = output.mask if isinstance(output, Gate) else output
-        dtype = output.weight.dtype if isinstance(output, Gate) else torch.float32
-        where = (*mask.shape, mask.device, dtype)
+        if isinstance(output, Gate):
+            return self._next(tuple(output.mask.shape), output.mask.device, output.weight.dtype)
+        return self._next(tuple(output.shape), output.device, torch.float32).mask
+
+    def of_packed(self, gate: PackedGate, batch: int) -> Tensor:
+        return self._next((batch, len(gate.bias2)), gate.bias2.device, torch.float32).mask
+
+    def _next(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Gate:
+        where = (*shape, device, dtype)
         if where not in self.drawn:
             self.drawn[where] = [
                 Gate(drawn, drawn.to(dtype))
-                for drawn in draw_masks(self.key, self.density, self.seed, *mask.shape).to(mask.device).unbind()
+                for drawn in draw_masks(self.key, self.density, self.seed, *shape).to(device).unbind()
             ]
         fixed = self.drawn[where][self.calls % _DRAWS]
         self.calls += 1
-        return fixed if isinstance(output, Gate) else fixed.mask
+        return fixed
 
 
 def draw_masks(key: str, density: float, seed: int, batch: int, channels: int) -> Tensor:

@@ -4,6 +4,7 @@ They keep the names inside the modules they replace, so that gates, masks and FL
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -72,10 +73,16 @@ class PackedGate(Packed):
             bias2=as_computed(weight2.new_zeros(len(weight2)) if bias2 is None else bias2),
         )
         self.shapes = ConvShape.of(gate.conv1), ConvShape.of(gate.conv2)
+        # What is opened instead of the gate's decision for so many samples; see `fix_gates`.
+        self.fixed: Callable[[int], Tensor] | None = None
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""
+        mask = self._decide(x)
+        return mask if self.fixed is None else self.fixed(len(x))
+
+    def _decide(self, x: Tensor) -> Tensor:
         check_images(x, self.shapes[0].in_channels, self.weight1, is_computed=True)
         if _is_native(x):
             return _ops.channel_gate(x, *map(self._buffers.__getitem__, _WEIGHTS))
@@ -277,6 +284,9 @@ class PackedBasicBlock(PackedResidual):
         check_images(x, shape.in_channels, self.weight1)
         if mask is not None or branch is not None:
             self._check(x, branch, (mask,))
+        if mask is None and self._is_one(x):
+            y, mask = self._run(x)
+            return (y, _as_gate(mask)) if return_gate else y
         if mask is None:
             mask = self._decide("gate", x)
         if mask is None:
@@ -294,6 +304,28 @@ class PackedBasicBlock(PackedResidual):
                 residual=residual, stride=shape.stride,
             )  # fmt: skip
         return (y, _as_gate(mask)) if return_gate else y
+
+    def _is_one(self, x: Tensor) -> bool:
+        """Whether one operator does it all: nobody listens to the gate, which then is no call of its own."""
+        gate, downsample = self._modules["gate"], self.downsample
+        return (
+            gate is not None
+            and not gate._forward_hooks
+            and not gate._forward_pre_hooks
+            and self.group == 1
+            and _is_native(x)
+            and self.shapes[0].stride in ((1, 1), (2, 2))
+            and (downsample is None or (downsample.is_packed and downsample.extra_padding == 0))
+        )
+
+    def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate = cast(PackedGate, self._modules["gate"])
+        fixed = None if gate.fixed is None else gate.fixed(len(x))
+        decision = map(gate._buffers.__getitem__, _WEIGHTS)
+        weights = map(self._buffers.__getitem__, _BLOCK_WEIGHTS)  # the attributes, without the search for them
+        shortcut = (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
+        y, decided = _ops.packed_residual(x, *decision, *weights, *shortcut, fixed, self.shapes[0].stride[0])
+        return y, decided if fixed is None else fixed
 
 
 class PackedBottleneck(PackedResidual):

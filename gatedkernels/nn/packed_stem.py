@@ -12,6 +12,15 @@ from gatedkernels.ops.packed import pack_stem, unpack_stem
 _MOST_CHANNELS = 8  # beyond, the taps of one row of the window are long enough for the general kernels
 
 
+class PackedPool(Packed):
+    """The mean of an image's pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool images (N, C, H, W) to (N, C)."""
+        is_native = x.dtype in (torch.float32, torch.bfloat16)
+        return torch.ops.gatedkernels.packed_pool(x) if is_native else x.mean((2, 3))
+
+
 class PackedStem(Packed):
     """A convolution of few input channels and any window, with its normalisation, its ReLU and its pooling if any.
 

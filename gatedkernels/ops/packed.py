@@ -11,6 +11,7 @@ these wherever it is faster, in float32.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,8 @@ def pack_tile_blocks(weight: Tensor) -> Tensor:
 
 
 def _channel_gate(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    return linear(linear(x.mean((2, 3)), weight1, bias1).relu(), weight2, bias2) >= 0
+    mean = x.mean((2, 3)).to(weight1.dtype)
+    return linear(linear(mean, weight1, bias1).relu(), weight2, bias2) >= 0
 
 
 def _packed_block(
@@ -121,16 +123,49 @@ def _packed_conv2d(
     return y.contiguous(memory_format=torch.channels_last)
 
 
+def _packed_residual(
+    x: Tensor,
+    gate_weight1: Tensor,
+    gate_bias1: Tensor,
+    gate_weight2: Tensor,
+    gate_bias2: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    tiles1: Tensor | None,
+    tiles2: Tensor | None,
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+    mask: Tensor | None,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    decided = _channel_gate(x, gate_weight1, gate_bias1, gate_weight2, gate_bias2)
+    residual = x
+    if shortcut_weight is not None and shortcut_bias is not None:
+        residual = _packed_conv2d(
+            x, shortcut_weight, shortcut_bias, None, None, None, len(shortcut_bias), stride, relu=False
+        )
+    mask = decided if mask is None else mask
+    return _packed_block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride), decided
+
+
+def _packed_pool(x: Tensor) -> Tensor:
+    return x.mean((2, 3))
+
+
 def _packed_stem(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, relu: bool, pool: bool) -> Tensor:
     y = conv2d(x, unpack_stem(weight, len(bias)), bias, stride, padding)
     y = y.relu() if relu else y
     return (max_pool2d(y, 3, 2, 1) if pool else y).contiguous(memory_format=torch.channels_last)
 
 
-DEFINITIONS: dict[str, Callable[..., Tensor]] = {
+DEFINITIONS: dict[str, Callable[..., Any]] = {
     "channel_gate": _channel_gate,
     "packed_block": _packed_block,
     "packed_conv2d": _packed_conv2d,
+    "packed_pool": _packed_pool,
+    "packed_residual": _packed_residual,
     "packed_stem": _packed_stem,
 }
 for _name, _definition in DEFINITIONS.items():
@@ -161,6 +196,17 @@ def _(x, weight1, bias1, weight2, bias2):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("gatedkernels::packed_block")
 def _(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride):  # type: ignore[no-untyped-def]
     return _images(x, bias2.shape[0], stride)
+
+
+@torch.library.register_fake("gatedkernels::packed_residual")
+def _(x, *arguments):  # type: ignore[no-untyped-def]
+    gate_bias2, bias2, stride = arguments[3], arguments[7], arguments[-1]
+    return _images(x, bias2.shape[0], stride), x.new_empty((x.shape[0], gate_bias2.shape[0]), dtype=torch.bool)
+
+
+@torch.library.register_fake("gatedkernels::packed_pool")
+def _(x):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[:2])
 
 
 @torch.library.register_fake("gatedkernels::packed_conv2d")

@@ -187,8 +187,10 @@ def _twin_network(model: GatedResNet, gated: bool) -> nn.Module:
     conv1: Any = model.conv1
     pool: nn.Module = copy.deepcopy(model.maxpool)
     if isinstance(conv1, PackedStem):
+        first: Any = next(iter(model.blocks().values()))  # the stem itself may be in another dtype
+        dtype = first.weight1.dtype
         weight = unpack_stem(conv1.weight, conv1.shape.out_channels)
-        stem = FoldedConv2d(conv1.shape, weight, conv1.bias, conv1.relu)
+        stem = FoldedConv2d(conv1.shape, weight.to(dtype), conv1.bias.to(dtype), conv1.relu)
         pool = nn.MaxPool2d(3, stride=2, padding=1) if conv1.pool else pool
     else:
         stem = _unpacked(conv1) if isinstance(conv1, PackedConv2d) else _folded(conv1, model.bn1, relu=True)
@@ -198,7 +200,7 @@ def _twin_network(model: GatedResNet, gated: bool) -> nn.Module:
         stages.setdefault(stage, OrderedDict())[index] = _twin(block, gated)
     parts: OrderedDict[str, nn.Module] = OrderedDict(conv1=stem, maxpool=pool)
     parts.update({name: nn.Sequential(blocks) for name, blocks in stages.items()})
-    parts.update(avgpool=copy.deepcopy(model.avgpool), flatten=nn.Flatten(), fc=copy.deepcopy(model.fc))
+    parts.update(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=copy.deepcopy(model.fc))
     return nn.Sequential(parts)
 
 

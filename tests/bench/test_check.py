@@ -87,7 +87,7 @@ def test_one_miss_is_measured_again(make_cell, monkeypatch, capsys):
     assert (code, asked[1]) == (0, [slow.name])
     said = capsys.readouterr().out
     assert "2 of 2 limits kept" in said
-    assert "not judged, no such cells: block (dtype float32; density 0.1): efficiency 0.700" in said
+    assert "not judged, no such cells: block (density 0.1): efficiency 0.700" in said
 
 
 def test_only_the_cells_below_are_measured_again(make_cell, monkeypatch):

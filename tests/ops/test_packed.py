@@ -300,11 +300,71 @@ def test_definitions_serve_where_the_library_does_not(name: str, images):
         "channel_gate": (x, torch.randn(6, 8), torch.randn(6), torch.randn(9, 6), torch.randn(9)),
         "packed_block": (x, pack_rows(weight), bias, pack_blocks(weight), bias, None, None, mask, x, 1),
         "packed_conv2d": (x, pack_blocks(weight), bias, mask, ~mask, x, 8, 1, True),
+        "packed_pool": (x,),
+        "packed_residual": (
+            x, torch.randn(6, 8), torch.randn(6), torch.randn(8, 6), torch.randn(8), pack_rows(weight), bias,
+            pack_blocks(weight), bias, None, None, pack_blocks(weight[:, :, :1, :1]), bias, None, 1,
+        ),
         "packed_stem": (x, pack_stem(weight), bias, 1, 1, True, True),
-    }[name]
+    }[name]  # fmt: skip
     actual, expected = getattr(ops, name)(*arguments), DEFINITIONS[name](*arguments)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    assert actual.stride() == expected.stride()
+    for one, other in zip(*((y if isinstance(y, tuple) else (y,)) for y in (actual, expected)), strict=True):
+        assert one.stride() == other.stride()
+
+
+@needs_cpu
+@pytest.mark.parametrize("with_shortcut", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_residual_is_its_parts(dtype: torch.dtype, given: bool, with_shortcut: bool, layout: str, images):
+    n, c, m, k = 3, 24, 24, (40 if with_shortcut else 24)
+    stride = 2 if with_shortcut else 1
+    x = images((n, c, 9, 7), layout, dtype)
+    gate = [torch.randn(shape) for shape in ((5, c), (5,), (m, 5), (m,))]
+    weight1, weight2 = (torch.randn(shape).to(dtype) / 15 for shape in ((m, c, 3, 3), (k, m, 3, 3)))
+    block = pack_rows(weight1), torch.randn(m).to(dtype), pack_blocks(weight2), torch.randn(k).to(dtype), None, None
+    shortcut = pack_blocks(torch.randn(k, c, 1, 1).to(dtype)), torch.randn(k).to(dtype)
+    mask = torch.rand(n, m) < 0.5 if given else None
+    y, decided = ops.packed_residual(
+        x, *gate, *block, *(shortcut if with_shortcut else (None, None)), mask, stride
+    )  # fmt: skip
+    assert torch.equal(decided, ops.channel_gate(x, *gate))
+    residual = ops.packed_conv2d(x, *shortcut, None, None, None, k, stride, False) if with_shortcut else x
+    expected = ops.packed_block(x, *block, decided if mask is None else mask, residual, stride)
+    assert torch.equal(y, expected)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 70, 5, 3), (0, 4, 2, 2), (1, 1, 1, 1), (9, 32, 8, 8)], ids=str)
+def test_packed_pool(shape: tuple[int, ...], dtype: torch.dtype, layout: str, images):
+    x = images(shape, layout, dtype)
+    y = ops.packed_pool(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, x.double().mean((2, 3)).to(dtype))
+
+
+@needs_cpu
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("shape", CONVS, ids=str)
+def test_packed_conv2d_in_bfloat16(
+    shape: tuple[int, ...], with_residual: bool, layout: str, images, assert_within_budget
+):
+    n, c, k, h, w, side, stride = shape
+    size = (n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    residual = images(size, layout, torch.bfloat16) if with_residual else None
+
+    def operator(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None) -> Tensor:
+        return ops.packed_conv2d(x, pack_blocks(weight), bias, None, None, skip, k, stride, with_residual)
+
+    def definition(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None) -> Tensor:
+        y = conv2d(x, weight, bias, stride, side // 2)
+        return y if skip is None else (y + skip).relu()
+
+    weight, bias = torch.randn(k, c, side, side).bfloat16(), torch.randn(k).bfloat16()
+    tensors = [images((n, c, h, w), layout, torch.bfloat16), weight, bias, residual]
+    assert_agrees(operator, definition, tensors, assert_within_budget)
 
 
 @needs_cpu
@@ -317,5 +377,26 @@ def test_registration(n: int, stride: int, images):
         (ops.channel_gate, (x, torch.randn(6, 8), torch.randn(6), torch.randn(9, 6), torch.randn(9))),
         (ops.packed_block, (x, pack_rows(weight), bias, pack_blocks(weight), bias, None, None, mask, None, stride)),
         (ops.packed_conv2d, (x, pack_blocks(weight), bias, mask, ~mask, None, 8, stride, True)),
+        (ops.packed_pool, (x,)),
+        (
+            ops.packed_residual,
+            (
+                x,
+                torch.randn(6, 8),
+                torch.randn(6),
+                torch.randn(8, 6),
+                torch.randn(8),
+                pack_rows(weight),
+                bias,
+                pack_blocks(weight),
+                bias,
+                None,
+                None,
+                pack_blocks(weight[:, :, :1, :1]),
+                bias,
+                mask,
+                stride,
+            ),
+        ),
     ):
         torch.library.opcheck(operator.default, arguments)

@@ -1,0 +1,12 @@
+// What is computed from the mean of an image's pixels.
+#pragma once
+
+#include "tensors.h"
+
+namespace gatedkernels {
+
+// The operator, for float32 and bfloat16 images of any layout; weights may be of either dtype.
+Tensor channel_gate(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
+                    const Tensor& bias2);
+
+}  // namespace gatedkernels

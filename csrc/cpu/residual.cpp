@@ -1,0 +1,31 @@
+// A whole residual block as one operator: the gate, the shortcut, and the block that they lead to. Every call by way of
+// Python fetches the code that leads there, which the weights of the layer before have driven out of the caches.
+// A given mask opens what it says; the gate, which runs all the same, decides nothing then.
+#include <tuple>
+
+#include "block.h"
+#include "gate.h"
+#include "packed_conv.h"
+
+namespace gatedkernels {
+
+std::tuple<Tensor, Tensor> packed_residual(const Tensor& x, const Tensor& gate_weight1, const Tensor& gate_bias1,
+                                           const Tensor& gate_weight2, const Tensor& gate_bias2, const Tensor& weight1,
+                                           const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
+                                           const MaybeTensor& tiles1, const MaybeTensor& tiles2,
+                                           const MaybeTensor& shortcut_weight, const MaybeTensor& shortcut_bias,
+                                           const MaybeTensor& mask, int64_t stride) {
+  STD_TORCH_CHECK(shortcut_weight.has_value() == shortcut_bias.has_value(), "a shortcut has weights and a bias");
+  const Tensor decided = channel_gate(x, gate_weight1, gate_bias1, gate_weight2, gate_bias2);
+  const Tensor residual = shortcut_weight ? packed_conv2d(x, *shortcut_weight, *shortcut_bias, std::nullopt,
+                                                          std::nullopt, std::nullopt, bias2.size(0), stride, false)
+                                          : x;
+  const Tensor& open = mask ? *mask : decided;
+  return {packed_block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, open, residual, stride), decided};
+}
+
+}  // namespace gatedkernels
+
+STABLE_TORCH_LIBRARY_IMPL(gatedkernels, CPU, m) {
+  m.impl("packed_residual", TORCH_BOX(&gatedkernels::packed_residual));
+}
