@@ -12,14 +12,18 @@ namespace {
 
 Tensor none() { return empty({0}); }
 
+// A gradient where a ReLU's result is not zero. Both are read whatever they hold: a branch would guess wrong half of the
+// time, and keep the loop around it from being vectorised.
+inline float open(float gradient, float result) { return result <= 0.0f ? 0.0f : gradient; }
+
 // The input's gradient, NHWC, from planes of the output's; `size` is the convolution's.
 Tensor from_planes(const Geometry& size, const Tensor& weight, const Planes& planes, const bool* in_mask) {
   const Plan& plan = planes.plan();
   const int64_t C = weight.size(1);
-  const Tensor blocks = turned_blocks(weight, plan);
+  const float* blocks = turned_blocks(weight, plan);
   InConv conv;
   conv.size = size, conv.C = static_cast<int>(plan.channels), conv.K = static_cast<int>(C);
-  conv.weight = floats(blocks), conv.bias = nullptr;
+  conv.weight = blocks, conv.bias = nullptr;
   conv.channel_step = planes.pitch(), conv.row_step = size.OW, conv.pixel_step = 1;
   conv.gathered = false, conv.relu = false;
   if (size.stride == 1) {
@@ -74,7 +78,7 @@ std::tuple<Tensor, Tensor> gated_conv2d_backward(const Tensor& dy, const Tensor&
   const Tensor image = channels_last(dy);
   if (input) {
     STD_TORCH_CHECK(!dense_input_grad && stride == 1, "the open channels' gradient is computed at stride 1");
-    dx = out_gated(image, turned_rows(weight, plan), nullptr, plan, 1);
+    dx = out_gated(image, turned_rows(weight, plan), weight.size(1), weight.size(2), nullptr, plan, 1);
   }
   if (filters) dweight = filter_gradient(size, false, image, Planes::of(x, plan));
   return gradients;
@@ -94,7 +98,7 @@ std::tuple<Tensor, Tensor> through_relu(const Tensor& given_dy, const Tensor& gi
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * kPixels, last = std::min(first + kPixels, N * pixels);
-      for (int64_t at = first * K; at < last * K; ++at) to[at] = result[at] <= 0.0f ? 0.0f : above[at];
+      for (int64_t at = first * K; at < last * K; ++at) to[at] = open(above[at], result[at]);
       kernels_for(K).add_pixels(to + first * K, last - first, K, K, &partial[i * K]);
     }
   });
@@ -109,8 +113,8 @@ Planes hidden_gradient(const Tensor& e, const Tensor& weight2, const Planes& hid
   const Geometry size = geometry(e, 3, 1);
   const int64_t K = e.size(1), M = plan.channels, pixels = int64_t{size.OH} * size.OW;
   Planes planes(plan, pixels);
-  const Tensor rows = turned_rows(weight2, plan);
-  const OutConv conv{size, static_cast<int>(K), floats(rows), nullptr, planes.pitch(), false};
+  const float* filters = turned_rows(weight2, plan);
+  const OutConv conv{size, static_cast<int>(K), filters, nullptr, planes.pitch(), false};
   const bool whole = 9 * M > 4 * pixels;
   const double row = 18.0 * static_cast<double>(K) * size.OW;
   double operations = 0;
@@ -127,7 +131,7 @@ Planes hidden_gradient(const Tensor& e, const Tensor& weight2, const Planes& hid
       const float* h = hidden.at(n, j);
       float* f = planes.at(n, j);
       for (int64_t p = int64_t{item.begin} * size.OW; p < int64_t{item.end} * size.OW; ++p) {
-        f[p] = h[p] <= 0.0f ? 0.0f : f[p];
+        f[p] = open(f[p], h[p]);
       }
     }
   });

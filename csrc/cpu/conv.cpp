@@ -25,10 +25,6 @@ Tensor run_in(const Tensor& x, const float* blocks, const float* bias, int64_t o
   return in_gated(conv, samples, plan, out_mask, residual);
 }
 
-OutConv out_conv(const Tensor& x, const Tensor& rows, const float* bias, int64_t stride, int64_t plane, bool relu) {
-  return {geometry(x, rows.size(2), stride), static_cast<int>(x.size(1)), floats(rows), bias, plane, relu};
-}
-
 }  // namespace
 
 Tensor open_channels(const Tensor& x, const MaybeTensor& in_mask) {
@@ -79,9 +75,10 @@ Tensor in_gated(const InConv& conv, const std::vector<const float*>& samples, co
   return y;
 }
 
-Tensor out_gated(const Tensor& x, const Tensor& rows, const float* bias, const Plan& plan, int64_t stride) {
-  const Geometry size = geometry(x, rows.size(2), stride);
-  const int64_t N = x.size(0), C = x.size(1), K = rows.size(0);
+Tensor out_gated(const Tensor& x, const float* rows, int64_t K, int64_t taps, const float* bias, const Plan& plan,
+                 int64_t stride) {
+  const Geometry size = geometry(x, taps, stride);
+  const int64_t N = x.size(0), C = x.size(1);
   Tensor y = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y;
   const double operations = 2.0 * static_cast<double>(size.S * size.S * C * size.OW * K);
@@ -91,7 +88,7 @@ Tensor out_gated(const Tensor& x, const Tensor& rows, const float* bias, const P
   in_order(N * bands, [&](int64_t item) {
     const int64_t n = item / bands, row = item % bands * height, end = std::min<int64_t>(row + height, size.OH);
     const int64_t plane = ceil_div((end - row) * size.OW, 16) * 16 + 16;
-    const OutConv conv = out_conv(x, rows, bias, stride, plane, false);
+    const OutConv conv{size, static_cast<int>(C), rows, bias, plane, false};
     const int32_t* channels = plan.list(n);
     // The kernel counts pixels from the image's first row; the planes hold this band only.
     std::vector<float> planes(plan.count[n] * plane);
@@ -128,7 +125,7 @@ Tensor conv_out(const Tensor& given_x, const Tensor& weight, const MaybeTensor& 
   const int64_t plane = int64_t{size.OH} * size.OW;
   Tensor packed = empty({N, K, size.OH, size.OW});
   if (packed.numel() == 0) return packed;
-  const OutConv conv = out_conv(x, rows, floats(b), stride, plane, relu);
+  const OutConv conv{size, static_cast<int>(C), floats(rows), floats(b), plane, relu};
   const float* in = floats(x);
   float* out = packed.mutable_data_ptr<float>();
   constexpr int64_t kTile = 12;  // channels of one item: whole tiles of every width
@@ -155,7 +152,8 @@ Tensor gated_conv2d(const Tensor& given_x, const Tensor& weight, const MaybeTens
                   stride, false);
   }
   const Plan plan(*out_mask);
-  return out_gated(open_channels(given_x, in_mask), weight_rows(weight, plan), floats(b), plan, stride);
+  const Tensor rows = weight_rows(weight, plan);
+  return out_gated(open_channels(given_x, in_mask), floats(rows), K, taps, floats(b), plan, stride);
 }
 
 Tensor packed_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, const MaybeTensor& in_mask,

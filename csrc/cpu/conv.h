@@ -14,7 +14,8 @@ Tensor open_channels(const Tensor& x, const MaybeTensor& in_mask);
 Tensor in_gated(const InConv& conv, const std::vector<const float*>& samples, const Plan* plan, const bool* out_mask,
                 const MaybeTensor& residual);
 
-// NHWC pixels of the output channels that the plan lists, zeros in the others; x is NHWC.
-Tensor out_gated(const Tensor& x, const Tensor& rows, const float* bias, const Plan& plan, int64_t stride);
+// NHWC pixels of the output channels that the plan lists, zeros in the others; x is NHWC, rows are (K, S, S, C).
+Tensor out_gated(const Tensor& x, const float* rows, int64_t K, int64_t taps, const float* bias, const Plan& plan,
+                 int64_t stride);
 
 }  // namespace gatedkernels

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 namespace gatedkernels {
 
@@ -52,15 +53,31 @@ std::vector<int32_t> uses(const Plan& plan) {
   return times;
 }
 
+// Memory of at least so many floats that a thread keeps.
+class Kept {
+ public:
+  float* reserve(int64_t floats) {
+    if (floats > size_) {
+      memory_.reset(new float[floats]);
+      size_ = floats;
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<float[]> memory_;
+  int64_t size_ = 0;
+};
+
 }  // namespace
 
-Tensor turned_blocks(const Tensor& weight, const Plan& plan) {
+const float* turned_blocks(const Tensor& weight, const Plan& plan) {
   const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), taps = S * S;
   const int64_t blocks = ceil_div(C, kBlock);
   const std::vector<int32_t> used = uses(plan);
-  Tensor turned = empty({blocks, K, S, S, kBlock});
+  static thread_local Kept kept;
   const float* from = floats(weight);
-  float* to = turned.mutable_data_ptr<float>();
+  float* to = kept.reserve(blocks * K * taps * kBlock);
   const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
   torch::stable::parallel_for(0, K, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
@@ -70,20 +87,21 @@ Tensor turned_blocks(const Tensor& weight, const Plan& plan) {
         const int64_t first = block * kBlock, lanes = std::min<int64_t>(kBlock, C - first);
         for (int64_t t = 0; t < taps; ++t, row += kBlock) {
           const float* filter = from + k * sk + first * sc + (S - 1 - t / S) * sr + (S - 1 - t % S) * ss;
-          for (int64_t l = 0; l < kBlock; ++l) row[l] = l < lanes ? filter[l * sc] : 0.0f;
+          for (int64_t l = 0; l < lanes; ++l) row[l] = filter[l * sc];
+          for (int64_t l = lanes; l < kBlock; ++l) row[l] = 0.0f;
         }
       }
     }
   });
-  return turned;
+  return to;
 }
 
-Tensor turned_rows(const Tensor& weight, const Plan& plan) {
+const float* turned_rows(const Tensor& weight, const Plan& plan) {
   const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), taps = S * S;
   const std::vector<int32_t> used = uses(plan);
-  Tensor turned = empty({C, K, S, S}, ScalarType::Float, MemoryFormat::ChannelsLast);
+  static thread_local Kept kept;
   const float* from = floats(weight);
-  float* to = turned.mutable_data_ptr<float>();
+  float* to = kept.reserve(C * taps * K);
   const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
   // Squares of channels, whose filters stay in the first-level cache: neighbours in the weights are far apart in rows.
   constexpr int64_t kSide = 16;
@@ -101,7 +119,7 @@ Tensor turned_rows(const Tensor& weight, const Plan& plan) {
       }
     }
   });
-  return turned;
+  return to;
 }
 
 namespace {
@@ -132,9 +150,13 @@ class FilterGradient {
     const int64_t parts = static_cast<int64_t>(cuts_.size()) - 1;
     in_order(blocks() * parts, [&](int64_t item) {
       const int64_t from = cuts_[item % parts], to = cuts_[item % parts + 1];
-      std::vector<float> sums((to - from) * taps_ * kBlock, 0.0f);
-      add(item / parts, from, to, sums.data());
-      write(item / parts, from, to, sums.data());
+      static thread_local Kept kept;
+      float* sums = kept.reserve(kTogether * taps_ * kBlock);
+      for (int64_t c = from; c < to; ++c) {
+        if (used_[c]) std::fill_n(sums + (c - from) * taps_ * kBlock, taps_ * kBlock, 0.0f);
+      }
+      add(item / parts, from, to, sums);
+      write(item / parts, from, to, sums);
     });
     return dweight_;
   }
@@ -260,6 +282,10 @@ class FilterGradient {
       for (int64_t k = from; k < to; ++k) {
         const float* sum = sums + (k - from) * taps_ * kBlock;
         float* filter = out_ + (k * lanes_ + first) * taps_;
+        if (!used_[k]) {
+          std::fill_n(filter, lanes * taps_, 0.0f);
+          continue;
+        }
         for (int64_t l = 0; l < lanes; ++l) {
           for (int64_t t = 0; t < taps_; ++t) filter[l * taps_ + t] = sum[t * kBlock + l];
         }
@@ -272,6 +298,10 @@ class FilterGradient {
       for (int64_t l = 0; l < lanes; ++l) {
         float* filter = out_ + (first + l) * plan_.channels * taps_;
         for (int64_t c = begin; c < end; ++c) {
+          if (!used_[c]) {
+            std::fill_n(filter + c * taps_, taps_, 0.0f);
+            continue;
+          }
           const float* sum = sums + (c - from) * taps_ * kBlock + l;
           for (int64_t t = 0; t < taps_; ++t) filter[c * taps_ + t] = sum[t * kBlock];
         }

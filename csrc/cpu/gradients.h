@@ -35,9 +35,10 @@ class Planes {
 
 // The filters (K, C, S, S) of a convolution as those of the one that gives its input's gradient at stride 1: input and
 // output channels exchanged, the window mirrored. In the layouts of kernels.h, filled in where the plan, over the K
-// output channels of the given filters for blocks and over their C input channels for rows, has active ones.
-Tensor turned_blocks(const Tensor& weight, const Plan& plan);  // (C / kBlock, K, S, S, kBlock)
-Tensor turned_rows(const Tensor& weight, const Plan& plan);    // (C, S, S, K)
+// output channels of the given filters for blocks and over their C input channels for rows, has active ones. In memory
+// that the calling thread keeps, so that it need not be mapped again at each call: until the next call of the same.
+const float* turned_blocks(const Tensor& weight, const Plan& plan);  // (C / kBlock, K, S, S, kBlock)
+const float* turned_rows(const Tensor& weight, const Plan& plan);    // (C, S, S, K)
 
 // The gradient of filters, (K, C, S, S), from an NHWC image and planes. One of them is the convolution's input
 // (`input_lanes`: the image), the other one the gradient of its output. Channels that no plan lists get zeros.
