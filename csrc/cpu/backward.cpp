@@ -16,42 +16,88 @@ Tensor none() { return empty({0}); }
 // time, and keep the loop around it from being vectorised.
 inline float open(float gradient, float result) { return result <= 0.0f ? 0.0f : gradient; }
 
+// Filters turned for all items of work, in memory that the calling thread keeps until its next call.
+const float* turned_blocks(const TurnedFilters& filters) {
+  static thread_local Kept kept;
+  const int64_t K = filters.weight.size(0), blocks = ceil_div(filters.weight.size(1), kBlock);
+  const int64_t taps = filters.weight.size(2) * filters.weight.size(3), size = K * taps * kBlock;
+  float* turned = kept.reserve(blocks * size);
+  torch::stable::parallel_for(0, K, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = 0; block < blocks; ++block) filters.block(block, begin, end, turned + block * size);
+  });
+  return turned;
+}
+
+const float* turned_rows(const TurnedFilters& filters) {
+  static thread_local Kept kept;
+  const int64_t C = filters.weight.size(1), row = filters.weight.numel() / std::max<int64_t>(C, 1);
+  float* turned = kept.reserve(C * row);
+  constexpr int64_t kTogether = 16;
+  torch::stable::parallel_for(0, ceil_div(C, kTogether), 1, [&](int64_t begin, int64_t end) {
+    const int64_t from = begin * kTogether;
+    filters.rows(from, std::min(end * kTogether, C), turned + from * row);
+  });
+  return turned;
+}
+
+// Whether there are so many filters that they are better turned piece by piece, by the thread that needs them next, than
+// written to memory and read again.
+bool turned_in_pieces(const Tensor& weight, int64_t pieces) {
+  return weight.numel() > kLargeFilters && pieces >= 4 * threads();
+}
+
+// Zeros in the channels [from, to) of an NHWC image's pixels [first, last) that the mask closes.
+void close(float* image, int64_t C, const bool* mask, int64_t from, int64_t to, int64_t first, int64_t last) {
+  for (int64_t p = first; p < last; ++p) {
+    for (int64_t c = from; c < to; ++c) image[p * C + c] = mask[c] ? image[p * C + c] : 0.0f;
+  }
+}
+
 // The input's gradient, NHWC, from planes of the output's; `size` is the convolution's.
 Tensor from_planes(const Geometry& size, const Tensor& weight, const Planes& planes, const bool* in_mask) {
+  STD_TORCH_CHECK(size.S == 3 || size.stride == 1, "the input's gradient is computed for 3x3 filters or stride 1");
   const Plan& plan = planes.plan();
-  const int64_t C = weight.size(1);
-  const float* blocks = turned_blocks(weight, plan);
-  InConv conv;
-  conv.size = size, conv.C = static_cast<int>(plan.channels), conv.K = static_cast<int>(C);
-  conv.weight = blocks, conv.bias = nullptr;
-  conv.channel_step = planes.pitch(), conv.row_step = size.OW, conv.pixel_step = 1;
-  conv.gathered = false, conv.relu = false;
-  if (size.stride == 1) {
-    std::vector<const float*> samples;
-    for (int64_t n = 0; n < plan.samples; ++n) samples.push_back(planes.at(n));
-    return in_gated(conv, samples, &plan, in_mask, std::nullopt);
-  }
-  STD_TORCH_CHECK(size.S == 3 && size.stride == 2, "the input's gradient is computed for 3x3 filters or stride 1");
+  const int64_t K = weight.size(0), C = weight.size(1), taps = size.S * size.S;
+  const int64_t count_blocks = ceil_div(C, kBlock), pixels = int64_t{size.H} * size.W;
   Tensor dx = empty({plan.samples, C, size.H, size.W}, ScalarType::Float, MemoryFormat::ChannelsLast);
   if (dx.numel() == 0) return dx;
   float* out = dx.mutable_data_ptr<float>();
-  const int64_t count_blocks = ceil_div(C, kBlock), pixels = int64_t{size.H} * size.W;
-  // A pair of rows of all open channels is work enough for an item, unless images are tiny.
-  const double operations = 18.0 * kBlock * size.OW * static_cast<double>(std::max<int64_t>(plan.channels, 1));
-  const int64_t rows = std::clamp<int64_t>(static_cast<int64_t>(kItemOperations / operations), 1, size.OH);
-  const int64_t bands = ceil_div(size.OH, rows);
+  InConv conv;
+  conv.size = size, conv.C = static_cast<int>(K), conv.K = static_cast<int>(C);
+  conv.bias = nullptr;
+  conv.channel_step = planes.pitch(), conv.row_step = size.OW, conv.pixel_step = 1;
+  conv.gathered = false, conv.relu = false;
+  auto rows_of = [&](const InConv& own, int64_t n, int64_t block, int64_t into, int64_t row, int64_t end) {
+    float* image = out + n * pixels * C;
+    const auto from = static_cast<int>(block), begin = static_cast<int>(row), last = static_cast<int>(end);
+    if (size.stride == 1) {
+      kernels_for(C).in_rows(own, planes.at(n), plan.list(n), plan.count[n], from, from + 1, begin, last, nullptr,
+                             image);
+    } else {
+      kernels_for(C).spread_rows(own, planes.at(n), plan.list(n), plan.count[n], from, begin, last, image);
+    }
+    if (!in_mask) return;
+    const int64_t first = size.stride * row * size.W, behind = std::min<int64_t>(size.stride * end, size.H) * size.W;
+    close(image, C, in_mask + n * C, into, std::min<int64_t>(into + kBlock, C), first, behind);
+  };
+  const TurnedFilters filters(weight, plan);
+  if (turned_in_pieces(weight, count_blocks)) {
+    in_order(count_blocks, [&](int64_t block) {
+      static thread_local Kept kept;
+      float* turned = kept.reserve(K * taps * kBlock);
+      filters.block(block, 0, K, turned);
+      InConv own = conv;
+      own.weight = turned - block * K * taps * kBlock;  // where the first block would lie
+      for (int64_t n = 0; n < plan.samples; ++n) rows_of(own, n, block, block * kBlock, 0, size.OH);
+    });
+    return dx;
+  }
+  conv.weight = turned_blocks(filters);
+  const double operations = 2.0 * static_cast<double>(taps * kBlock * size.OW * std::max<int64_t>(K, 1));
+  const int64_t rows = band(size.OH, plan.samples * count_blocks, operations), bands = ceil_div(size.OH, rows);
   in_order(plan.samples * count_blocks * bands, [&](int64_t item) {
     const int64_t n = item / (count_blocks * bands), block = item / bands % count_blocks, row = item % bands * rows;
-    const int64_t end = std::min<int64_t>(row + rows, size.OH);
-    float* image = out + n * pixels * C;
-    kernels_for(C).spread_rows(conv, planes.at(n), plan.list(n), plan.count[n], static_cast<int>(block),
-                               static_cast<int>(row), static_cast<int>(end), image);
-    if (!in_mask) return;
-    const int64_t from = block * kBlock, to = std::min<int64_t>(from + kBlock, C);
-    const int64_t first = 2 * row * size.W, last = std::min<int64_t>(2 * end, size.H) * size.W;
-    for (int64_t p = first; p < last; ++p) {
-      for (int64_t c = from; c < to; ++c) image[p * C + c] = in_mask[n * C + c] ? image[p * C + c] : 0.0f;
-    }
+    rows_of(conv, n, block, block * kBlock, row, std::min<int64_t>(row + rows, size.OH));
   });
   return dx;
 }
@@ -78,7 +124,8 @@ std::tuple<Tensor, Tensor> gated_conv2d_backward(const Tensor& dy, const Tensor&
   const Tensor image = channels_last(dy);
   if (input) {
     STD_TORCH_CHECK(!dense_input_grad && stride == 1, "the open channels' gradient is computed at stride 1");
-    dx = out_gated(image, turned_rows(weight, plan), weight.size(1), weight.size(2), nullptr, plan, 1);
+    const float* rows = turned_rows(TurnedFilters(weight, plan));
+    dx = out_gated(image, rows, weight.size(1), weight.size(2), nullptr, plan, 1);
   }
   if (filters) dweight = filter_gradient(size, false, image, Planes::of(x, plan));
   return gradients;
@@ -113,27 +160,46 @@ Planes hidden_gradient(const Tensor& e, const Tensor& weight2, const Planes& hid
   const Geometry size = geometry(e, 3, 1);
   const int64_t K = e.size(1), M = plan.channels, pixels = int64_t{size.OH} * size.OW;
   Planes planes(plan, pixels);
-  const float* filters = turned_rows(weight2, plan);
-  const OutConv conv{size, static_cast<int>(K), filters, nullptr, planes.pitch(), false};
-  const bool whole = 9 * M > 4 * pixels;
+  const TurnedFilters filters(weight2, plan);
+  OutConv conv{size, static_cast<int>(K), nullptr, nullptr, planes.pitch(), false};
+  const float* image = floats(e);
+  auto channels = [&](const OutConv& own, int64_t n, int64_t from, int64_t to, int64_t row, int64_t end) {
+    kernels_for(K).out_rows(own, image + n * pixels * K, plan.list(n) + from, static_cast<int>(to - from),
+                            static_cast<int>(to - from), static_cast<int>(row), static_cast<int>(end),
+                            planes.at(n, from));
+    for (int64_t j = from; j < to; ++j) {
+      const float* h = hidden.at(n, j);
+      float* f = planes.at(n, j);
+      for (int64_t p = row * size.OW; p < end * size.OW; ++p) f[p] = open(f[p], h[p]);
+    }
+  };
+  constexpr int64_t kSlice = 32;
+  if (turned_in_pieces(weight2, ceil_div(M, kSlice))) {
+    in_order(ceil_div(M, kSlice), [&](int64_t slice) {
+      static thread_local Kept kept;
+      const int64_t from = slice * kSlice, to = std::min(from + kSlice, M);
+      float* turned = kept.reserve(kSlice * 9 * K);
+      filters.rows(from, to, turned);
+      OutConv own = conv;
+      own.weight = turned - from * 9 * K;  // where the first channel's would lie
+      for (int64_t n = 0; n < plan.samples; ++n) {
+        const int32_t *list = plan.list(n), *last = list + plan.count[n];
+        const int64_t begin = std::lower_bound(list, last, from) - list, end = std::lower_bound(list, last, to) - list;
+        if (begin < end) channels(own, n, begin, end, 0, size.OH);
+      }
+    });
+    return planes;
+  }
+  conv.weight = turned_rows(filters);
   const double row = 18.0 * static_cast<double>(K) * size.OW;
   double operations = 0;
   for (int64_t n = 0; n < plan.samples; ++n) operations += row * size.OH * plan.count[n];
   Queue queue(plan.samples, size.OH, operations);
+  const bool whole = 9 * M > 4 * pixels;
   for (int64_t n = 0; n < plan.samples; ++n) queue.add_rows(n, Stage::out_rows, 0, plan.count[n], 3, row, whole);
-  const float* image = floats(e);
   in_order(static_cast<int64_t>(queue.items.size()), [&](int64_t at) {
     const Item& item = queue.items[at];
-    const int64_t n = item.sample;
-    kernels_for(K).out_rows(conv, image + n * pixels * K, plan.list(n) + item.from, item.to - item.from,
-                            plan.count[n] - item.from, item.begin, item.end, planes.at(n, item.from));
-    for (int64_t j = item.from; j < item.to; ++j) {
-      const float* h = hidden.at(n, j);
-      float* f = planes.at(n, j);
-      for (int64_t p = int64_t{item.begin} * size.OW; p < int64_t{item.end} * size.OW; ++p) {
-        f[p] = open(f[p], h[p]);
-      }
-    }
+    channels(conv, item.sample, item.from, item.to, item.begin, item.end);
   });
   return planes;
 }

@@ -5,9 +5,7 @@
 #include "conv.h"
 
 namespace gatedkernels {
-namespace {
 
-// Rows of one item, so that every thread finds several of them.
 int64_t band(int64_t height, int64_t pieces, double operations_a_row) {
   const int64_t few = static_cast<int64_t>(kItemOperations / std::max(operations_a_row, 1.0));
   const int64_t spread = ceil_div(height * pieces, 8 * threads());  // rows an item if work is short
@@ -15,14 +13,36 @@ int64_t band(int64_t height, int64_t pieces, double operations_a_row) {
   return rows > 1 ? rows - rows % 2 : rows;
 }
 
-// in_gated of images of any strides, whose channels are listed or gathered.
+namespace {
+
+// Writes NHWC pixels of all output channels; null plan: every input channel.
 Tensor run_in(const Tensor& x, const float* blocks, const float* bias, int64_t out_channels, int64_t taps,
               const Plan* plan, bool gathered, const bool* out_mask, const MaybeTensor& residual, int64_t stride,
               bool relu) {
-  const InConv conv = in_conv(x, geometry(x, taps, stride), blocks, bias, out_channels, gathered, relu);
-  std::vector<const float*> samples;
-  for (int64_t n = 0; n < x.size(0); ++n) samples.push_back(floats(x) + n * x.stride(0));
-  return in_gated(conv, samples, plan, out_mask, residual);
+  const Geometry size = geometry(x, taps, stride);
+  const int64_t N = x.size(0), K = out_channels, pixels = int64_t{size.OH} * size.OW;
+  Tensor y = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
+  if (y.numel() == 0) return y;
+  const InConv conv = in_conv(x, size, blocks, bias, K, gathered, relu);
+  const int64_t count_blocks = ceil_div(K, kBlock);
+  const double operations = 2.0 * static_cast<double>(taps * taps * kBlock * size.OW * std::max<int64_t>(conv.C, 1));
+  const int64_t rows = band(size.OH, N * count_blocks, operations), bands = ceil_div(size.OH, rows);
+  const float* in = floats(x);
+  const float* skip = floats(residual);
+  float* out = y.mutable_data_ptr<float>();
+  in_order(N * count_blocks * bands, [&](int64_t item) {
+    const int64_t n = item / (count_blocks * bands), block = item / bands % count_blocks, row = item % bands * rows;
+    const int64_t end = std::min<int64_t>(row + rows, size.OH), image = n * pixels * K;
+    kernels_for(K).in_rows(conv, in + n * x.stride(0), plan ? plan->list(n) : nullptr, plan ? plan->count[n] : conv.C,
+                           static_cast<int>(block), static_cast<int>(block + 1), static_cast<int>(row),
+                           static_cast<int>(end), skip ? skip + image : nullptr, out + image);
+    if (!out_mask) return;
+    const int64_t from = block * kBlock, to = std::min<int64_t>(from + kBlock, K);
+    for (int64_t p = row * size.OW; p < end * size.OW; ++p) {
+      for (int64_t k = from; k < to; ++k) out[image + p * K + k] = out_mask[n * K + k] ? out[image + p * K + k] : 0.0f;
+    }
+  });
+  return y;
 }
 
 }  // namespace
@@ -49,39 +69,13 @@ Tensor open_channels(const Tensor& x, const MaybeTensor& in_mask) {
   return y;
 }
 
-Tensor in_gated(const InConv& conv, const std::vector<const float*>& samples, const Plan* plan, const bool* out_mask,
-                const MaybeTensor& residual) {
-  const Geometry& size = conv.size;
-  const int64_t N = static_cast<int64_t>(samples.size()), K = conv.K, pixels = int64_t{size.OH} * size.OW;
-  Tensor y = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
-  if (y.numel() == 0) return y;
-  const int64_t count_blocks = ceil_div(K, kBlock);
-  const double operations = 2.0 * size.S * size.S * kBlock * size.OW * std::max(conv.C, 1);
-  const int64_t rows = band(size.OH, N * count_blocks, operations), bands = ceil_div(size.OH, rows);
-  const float* skip = floats(residual);
-  float* out = y.mutable_data_ptr<float>();
-  in_order(N * count_blocks * bands, [&](int64_t item) {
-    const int64_t n = item / (count_blocks * bands), block = item / bands % count_blocks, row = item % bands * rows;
-    const int64_t end = std::min<int64_t>(row + rows, size.OH), image = n * pixels * K;
-    kernels_for(K).in_rows(conv, samples[n], plan ? plan->list(n) : nullptr, plan ? plan->count[n] : conv.C,
-                           static_cast<int>(block), static_cast<int>(block + 1), static_cast<int>(row),
-                           static_cast<int>(end), skip ? skip + image : nullptr, out + image);
-    if (!out_mask) return;
-    const int64_t from = block * kBlock, to = std::min<int64_t>(from + kBlock, K);
-    for (int64_t p = row * size.OW; p < end * size.OW; ++p) {
-      for (int64_t k = from; k < to; ++k) out[image + p * K + k] = out_mask[n * K + k] ? out[image + p * K + k] : 0.0f;
-    }
-  });
-  return y;
-}
-
 Tensor out_gated(const Tensor& x, const float* rows, int64_t K, int64_t taps, const float* bias, const Plan& plan,
                  int64_t stride) {
   const Geometry size = geometry(x, taps, stride);
   const int64_t N = x.size(0), C = x.size(1);
   Tensor y = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y;
-  const double operations = 2.0 * static_cast<double>(size.S * size.S * C * size.OW * K);
+  const double operations = 2.0 * static_cast<double>(taps * taps * C * size.OW * K);
   const int64_t height = band(size.OH, N, operations), bands = ceil_div(size.OH, height);
   const float* in = floats(x);
   float* out = y.mutable_data_ptr<float>();

@@ -53,73 +53,63 @@ std::vector<int32_t> uses(const Plan& plan) {
   return times;
 }
 
-// Memory of at least so many floats that a thread keeps.
-class Kept {
- public:
-  float* reserve(int64_t floats) {
-    if (floats > size_) {
-      memory_.reset(new float[floats]);
-      size_ = floats;
-    }
-    return memory_.get();
-  }
+}  // namespace
 
- private:
-  std::unique_ptr<float[]> memory_;
-  int64_t size_ = 0;
-};
+TurnedFilters::TurnedFilters(const Tensor& weight_, const Plan& plan) : weight(row_major(weight_)), used(uses(plan)) {}
+
+namespace {
+
+// Filters of T taps, each `step` floats behind the one before, exchanged with lanes: lanes[t][l] and filters[l][t].
+template <int T>
+void to_lanes(const float* filters, int64_t step, int64_t count, float* lanes) {
+  for (int64_t l = 0; l < count; ++l) {
+    for (int t = 0; t < T; ++t) lanes[t * kBlock + l] = filters[l * step + T - 1 - t];  // the window mirrored
+  }
+}
+
+template <int T>
+void from_lanes(const float* lanes, int64_t count, int64_t step, float* filters) {
+  for (int64_t l = 0; l < count; ++l) {
+    for (int t = 0; t < T; ++t) filters[l * step + t] = lanes[t * kBlock + l];
+  }
+}
 
 }  // namespace
 
-const float* turned_blocks(const Tensor& weight, const Plan& plan) {
-  const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), taps = S * S;
-  const int64_t blocks = ceil_div(C, kBlock);
-  const std::vector<int32_t> used = uses(plan);
-  static thread_local Kept kept;
-  const float* from = floats(weight);
-  float* to = kept.reserve(blocks * K * taps * kBlock);
-  const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
-  torch::stable::parallel_for(0, K, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      if (!used[k]) continue;
-      for (int64_t block = 0; block < blocks; ++block) {
-        float* row = to + (block * K + k) * taps * kBlock;
-        const int64_t first = block * kBlock, lanes = std::min<int64_t>(kBlock, C - first);
-        for (int64_t t = 0; t < taps; ++t, row += kBlock) {
-          const float* filter = from + k * sk + first * sc + (S - 1 - t / S) * sr + (S - 1 - t % S) * ss;
-          for (int64_t l = 0; l < lanes; ++l) row[l] = filter[l * sc];
-          for (int64_t l = lanes; l < kBlock; ++l) row[l] = 0.0f;
-        }
-      }
-    }
-  });
-  return to;
+void TurnedFilters::block(int64_t block, int64_t from, int64_t to, float* turned) const {
+  const int64_t C = weight.size(1), taps = weight.size(2) * weight.size(3);
+  const int64_t first = block * kBlock, lanes = std::min<int64_t>(kBlock, C - first);
+  const float* filters = floats(weight) + first * taps;
+  for (int64_t k = from; k < to; ++k) {
+    if (!used[k]) continue;
+    float* row = turned + k * taps * kBlock;
+    if (lanes < kBlock) std::fill_n(row, taps * kBlock, 0.0f);
+    (taps == 9 ? to_lanes<9> : to_lanes<1>)(filters + k * C * taps, taps, lanes, row);
+  }
 }
 
-const float* turned_rows(const Tensor& weight, const Plan& plan) {
-  const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), taps = S * S;
-  const std::vector<int32_t> used = uses(plan);
-  static thread_local Kept kept;
-  const float* from = floats(weight);
-  float* to = kept.reserve(C * taps * K);
-  const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
-  // Squares of channels, whose filters stay in the first-level cache: neighbours in the weights are far apart in rows.
-  constexpr int64_t kSide = 16;
-  const int64_t across = ceil_div(K, kSide);
-  torch::stable::parallel_for(0, ceil_div(C, kSide) * across, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % across * kSide, many = std::min(kSide, K - first);
-      for (int64_t c = i / across * kSide; c < std::min((i / across + 1) * kSide, C); ++c) {
+void TurnedFilters::rows(int64_t from, int64_t to, float* turned) const {
+  const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
+  // Neighbours in a row are far apart in the weights, and may share a cache set: some of each are copied side by side.
+  constexpr int64_t kTogether = 16;
+  float near[kTogether][kTogether * 9];
+  for (int64_t first = 0; first < K; first += kTogether) {
+    const int64_t many = std::min(kTogether, K - first);
+    for (int64_t begin = from; begin < to; begin += kTogether) {
+      const int64_t end = std::min(begin + kTogether, to);
+      for (int64_t k = 0; k < many; ++k) {
+        std::memcpy(near[k], floats(weight) + ((first + k) * C + begin) * taps, (end - begin) * taps * sizeof(float));
+      }
+      for (int64_t c = begin; c < end; ++c) {
         if (!used[c]) continue;
         for (int64_t t = 0; t < taps; ++t) {
-          const float* filter = from + first * sk + c * sc + (S - 1 - t / S) * sr + (S - 1 - t % S) * ss;
-          float* row = to + (c * taps + t) * K + first;
-          for (int64_t k = 0; k < many; ++k) row[k] = filter[k * sk];
+          float* row = turned + ((c - from) * taps + t) * K + first;
+          const float* column = near[0] + (c - begin) * taps + taps - 1 - t;
+          for (int64_t k = 0; k < many; ++k) row[k] = column[k * kTogether * 9];
         }
       }
     }
-  });
-  return to;
+  }
 }
 
 namespace {
@@ -286,25 +276,17 @@ class FilterGradient {
           std::fill_n(filter, lanes * taps_, 0.0f);
           continue;
         }
-        for (int64_t l = 0; l < lanes; ++l) {
-          for (int64_t t = 0; t < taps_; ++t) filter[l * taps_ + t] = sum[t * kBlock + l];
-        }
+        (taps_ == 9 ? from_lanes<9> : from_lanes<1>)(sum, lanes, taps_, filter);
       }
       return;
     }
-    constexpr int64_t kSide = 16;  // channels whose sums stay in the first-level cache for all lanes
-    for (int64_t begin = from; begin < to; begin += kSide) {
-      const int64_t end = std::min(begin + kSide, to);
-      for (int64_t l = 0; l < lanes; ++l) {
-        float* filter = out_ + (first + l) * plan_.channels * taps_;
-        for (int64_t c = begin; c < end; ++c) {
-          if (!used_[c]) {
-            std::fill_n(filter + c * taps_, taps_, 0.0f);
-            continue;
-          }
-          const float* sum = sums + (c - from) * taps_ * kBlock + l;
-          for (int64_t t = 0; t < taps_; ++t) filter[c * taps_ + t] = sum[t * kBlock];
-        }
+    float* filters = out_ + first * plan_.channels * taps_;
+    for (int64_t c = from; c < to; ++c) {
+      const float* sum = sums + (c - from) * taps_ * kBlock;
+      if (used_[c]) {
+        (taps_ == 9 ? from_lanes<9> : from_lanes<1>)(sum, lanes, plan_.channels * taps_, filters + c * taps_);
+      } else {
+        for (int64_t l = 0; l < lanes; ++l) std::fill_n(filters + (l * plan_.channels + c) * taps_, taps_, 0.0f);
       }
     }
   }

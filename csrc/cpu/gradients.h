@@ -2,6 +2,7 @@
 // a convolution's input, and the gradient of its filters.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "tensors.h"
@@ -33,12 +34,38 @@ class Planes {
   std::vector<int64_t> offset_;
 };
 
+// Memory of at least so many floats that a thread keeps, so that it need not be mapped again at each call.
+class Kept {
+ public:
+  float* reserve(int64_t floats) {
+    if (floats > size_) {
+      memory_.reset(new float[floats]);
+      size_ = floats;
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<float[]> memory_;
+  int64_t size_ = 0;
+};
+
 // The filters (K, C, S, S) of a convolution as those of the one that gives its input's gradient at stride 1: input and
-// output channels exchanged, the window mirrored. In the layouts of kernels.h, filled in where the plan, over the K
-// output channels of the given filters for blocks and over their C input channels for rows, has active ones. In memory
-// that the calling thread keeps, so that it need not be mapped again at each call: until the next call of the same.
-const float* turned_blocks(const Tensor& weight, const Plan& plan);  // (C / kBlock, K, S, S, kBlock)
-const float* turned_rows(const Tensor& weight, const Plan& plan);    // (C, S, S, K)
+// output channels exchanged, the window mirrored, in the layouts of kernels.h. Channels that no sample of the plan uses
+// are left as they are.
+struct TurnedFilters {
+  const Tensor weight;        // contiguous
+  std::vector<int32_t> used;  // by how many samples, for every listed channel
+
+  TurnedFilters(const Tensor& weight, const Plan& plan);
+  // The plan lists the K output channels: one block of input channels, (K, S, S, kBlock), those of [from, to) of them.
+  void block(int64_t block, int64_t from, int64_t to, float* turned) const;
+  // The plan lists the C input channels: those of [from, to), as rows (C, S, S, K); `turned` is the first one of them.
+  void rows(int64_t from, int64_t to, float* turned) const;
+};
+
+// Weights that one item of work cannot share with others by way of a cache: it turns its own.
+constexpr int64_t kLargeFilters = 1 << 20;  // floats
 
 // The gradient of filters, (K, C, S, S), from an NHWC image and planes. One of them is the convolution's input
 // (`input_lanes`: the image), the other one the gradient of its output. Channels that no plan lists get zeros.

@@ -144,6 +144,9 @@ def _backward_launch(
     backend: str,
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "cpu" and threshold < 1:  # the policy's, for the forward
+        kernel = "conv_in_backward" if out_mask is None else "conv_out_backward"
+        threshold = policy.choose(kernel, x, weight, stride, padding, dilation, groups).threshold
     sparse = backend == "cpu" and not _too_dense(in_mask, out_mask, threshold)
     launcher = _backward_cpu if sparse else gated_conv2d_backward_reference
     dx, dweight, dbias = launcher(
@@ -198,9 +201,6 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     x, weight, in_mask, out_mask = ctx.saved_tensors
     stride, padding, dilation, groups, dense_input_grad, backend, threshold = ctx.options
     needs = ctx.needs_input_grad[:3]
-    if backend == "cpu" and threshold != ALWAYS:
-        kernel = "conv_in_backward" if out_mask is None else "conv_out_backward"
-        threshold = policy.choose(kernel, x, weight, stride, padding, dilation, groups).threshold
     gradients = torch.ops.gatedkernels.gated_conv2d_backward.default(
         dy, x, weight, in_mask, out_mask, stride, padding, dilation, groups, dense_input_grad, needs, backend, threshold
     )
