@@ -88,6 +88,21 @@ class FunctionalCase(_Case):
 
 
 @dataclass(frozen=True)
+class BackwardCase(_Case):
+    """The backward of one functional call on channels-last images."""
+
+    operation: Operation
+    channels: int
+    size: int
+    batch: int
+    density: float
+
+    def small(self) -> "BackwardCase":
+        """The same in milliseconds, to see that it works."""
+        return replace(self, channels=self.channels // 8, size=min(self.size, 6), batch=min(self.batch, 3))
+
+
+@dataclass(frozen=True)
 class LinearCase(_Case):
     """One of the two layers of a multilayer perceptron with four hidden units a channel, ``density`` of them open.
 
@@ -157,6 +172,13 @@ FUNCTIONALS = tuple(
     )
 )
 
+BACKWARDS = (
+    *(BackwardCase("gated_block", *shape, 16, 0.3) for shape in SHAPES),
+    *(BackwardCase("gated_block", *shape, 1, 0.3) for shape in (SHAPES[0], SHAPES[3])),
+    BackwardCase("gated_block", *SHAPES[0], 16, 1.0),
+    *(BackwardCase("gated_conv2d", *shape, 16, 0.3) for shape in (SHAPES[0], SHAPES[2])),
+)
+
 _FLOAT = ("dtype", ("float32",))
 _MOST = ("density", DENSITIES[1:])
 _LEAST = ("density", DENSITIES[:1])
@@ -181,6 +203,14 @@ LIMITS = (
     Limit("network", "speedup", 0.97, only=(_FLOAT, ("kept", (1.0,)))),
     Limit("functional", "speedup", NEVER_SLOWER),
     Limit("linear", "speedup", NEVER_SLOWER, only=(("baseline", "eager"),)),
+    Limit(
+        "backward",
+        "efficiency",
+        0.85,
+        geomean=True,
+        only=(("operation", ("gated_block",)), ("batch", (16,)), ("density", (0.3,))),
+    ),
+    Limit("backward", "speedup", NEVER_SLOWER),
 )
 
 
@@ -200,14 +230,23 @@ def mask_cases(files: Sequence[Path]) -> tuple[BlockCase, ...]:
 
 
 # Every case, by the group of its cells; ``bench/test_<file>.py`` has a ``test_<group>`` for each.
-GROUPS: dict[str, tuple[BlockCase | NetworkCase | FunctionalCase | LinearCase, ...]] = {
+GROUPS: dict[str, tuple[BlockCase | NetworkCase | FunctionalCase | BackwardCase | LinearCase, ...]] = {
     "block": BLOCKS,
     "masks": mask_cases(recordings()),
     "cold": COLD,
     "network": NETWORKS,
     "functional": FUNCTIONALS,
+    "backward": BACKWARDS,
     "linear": LINEARS,
 }
 
 # What a case takes beside the seconds it is timed for: building, checking, choosing the baseline; two Zen 4 cores.
-SECONDS_BESIDE = {"block": 0.4, "masks": 0.4, "cold": 0.5, "network": 20.0, "functional": 0.6, "linear": 0.4}
+SECONDS_BESIDE = {
+    "block": 0.4,
+    "masks": 0.4,
+    "cold": 0.5,
+    "network": 20.0,
+    "functional": 0.6,
+    "backward": 0.8,
+    "linear": 0.4,
+}

@@ -13,7 +13,6 @@ from gatedkernels.ops._select import select, select_
 from gatedkernels.ops.gated_conv2d.reference import gated_conv2d_backward_reference, gated_conv2d_reference, masked
 
 
-
 def _launch_dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_mask: Tensor | None, out_mask: Tensor | None, *geometry: Any
 ) -> Tensor:
