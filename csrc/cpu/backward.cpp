@@ -12,8 +12,8 @@ namespace {
 
 Tensor none() { return empty({0}); }
 
-// A gradient where a ReLU's result is not zero. Both are read whatever they hold: a branch would guess wrong half of the
-// time, and keep the loop around it from being vectorised.
+// A gradient where a ReLU's result is not zero. Both are read whatever they hold: a branch would guess wrong half of
+// the time, and keep the loop around it from being vectorised.
 inline float open(float gradient, float result) { return result <= 0.0f ? 0.0f : gradient; }
 
 // Filters turned for all items of work, in memory that the calling thread keeps until its next call.
@@ -40,8 +40,8 @@ const float* turned_rows(const TurnedFilters& filters) {
   return turned;
 }
 
-// Whether there are so many filters that they are better turned piece by piece, by the thread that needs them next, than
-// written to memory and read again.
+// Whether there are so many filters that they are better turned piece by piece, by the thread that needs them next,
+// than written to memory and read again.
 bool turned_in_pieces(const Tensor& weight, int64_t pieces) {
   return weight.numel() > kLargeFilters && pieces >= 4 * threads();
 }

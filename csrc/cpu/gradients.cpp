@@ -55,9 +55,14 @@ std::vector<int32_t> uses(const Plan& plan) {
 
 }  // namespace
 
-TurnedFilters::TurnedFilters(const Tensor& weight_, const Plan& plan) : weight(row_major(weight_)), used(uses(plan)) {}
-
 namespace {
+
+// Whether filters (K, C, S, S) lie as (K, S, S, C); those of one tap lie as ever.
+bool is_channels_last(const Tensor& weight) {
+  const int64_t C = weight.size(1), S = weight.size(2);
+  return S > 1 && C > 1 && weight.stride(1) == 1 && weight.stride(3) == C && weight.stride(2) == S * C &&
+         weight.stride(0) == S * S * C;
+}
 
 // Filters of T taps, each `step` floats behind the one before, exchanged with lanes: lanes[t][l] and filters[l][t].
 template <int T>
@@ -76,6 +81,9 @@ void from_lanes(const float* lanes, int64_t count, int64_t step, float* filters)
 
 }  // namespace
 
+TurnedFilters::TurnedFilters(const Tensor& given, const Plan& plan)
+    : by_taps(is_channels_last(given)), weight(by_taps ? given : row_major(given)), used(uses(plan)) {}
+
 void TurnedFilters::block(int64_t block, int64_t from, int64_t to, float* turned) const {
   const int64_t C = weight.size(1), taps = weight.size(2) * weight.size(3);
   const int64_t first = block * kBlock, lanes = std::min<int64_t>(kBlock, C - first);
@@ -84,6 +92,11 @@ void TurnedFilters::block(int64_t block, int64_t from, int64_t to, float* turned
     if (!used[k]) continue;
     float* row = turned + k * taps * kBlock;
     if (lanes < kBlock) std::fill_n(row, taps * kBlock, 0.0f);
+    if (by_taps) {
+      const float* filter = floats(weight) + k * C * taps + first;
+      for (int64_t t = 0; t < taps; ++t) std::copy_n(filter + (taps - 1 - t) * C, lanes, row + t * kBlock);
+      continue;
+    }
     (taps == 9 ? to_lanes<9> : to_lanes<1>)(filters + k * C * taps, taps, lanes, row);
   }
 }
@@ -98,6 +111,11 @@ void TurnedFilters::rows(int64_t from, int64_t to, float* turned) const {
     for (int64_t begin = from; begin < to; begin += kTogether) {
       const int64_t end = std::min(begin + kTogether, to);
       for (int64_t k = 0; k < many; ++k) {
+        if (by_taps) {
+          const float* filter = floats(weight) + (first + k) * C * taps;
+          for (int64_t i = 0; i < (end - begin) * taps; ++i) near[k][i] = filter[i % taps * C + begin + i / taps];
+          continue;
+        }
         std::memcpy(near[k], floats(weight) + ((first + k) * C + begin) * taps, (end - begin) * taps * sizeof(float));
       }
       for (int64_t c = begin; c < end; ++c) {
@@ -165,7 +183,7 @@ class FilterGradient {
     for (const int32_t times : used_) total += times;
     const int64_t M = plan_.channels;
     const double operations = 2.0 * static_cast<double>(taps_ * kBlock * size_.OH * size_.OW * total);
-    const int64_t least = ceil_div(M, kTogether), wanted = ceil_div(4 * threads(), std::max<int64_t>(blocks(), 1));
+    const int64_t least = ceil_div(M, kTogether), wanted = ceil_div(2 * threads(), std::max<int64_t>(blocks(), 1));
     const int64_t worth = std::min<int64_t>(static_cast<int64_t>(operations / kItemOperations), M);
     const int64_t parts = std::max<int64_t>({least, std::min(wanted, worth), 1});
     cuts_.push_back(0);
@@ -250,7 +268,8 @@ class FilterGradient {
     const int together = grad.planes();
     for (int64_t n = first; n < last; ++n) {
       const int32_t *list = plan_.list(n), *behind = list + plan_.count[n];
-      const int64_t begin = std::lower_bound(list, behind, from) - list, stop = std::lower_bound(list, behind, to) - list;
+      const int64_t begin = std::lower_bound(list, behind, from) - list;
+      const int64_t stop = std::lower_bound(list, behind, to) - list;
       for (int64_t j = begin; j < stop; j += together) {
         GradRun run{image(grad, n, block), {}, row, end};
         float* into[8];

@@ -54,7 +54,8 @@ class Kept {
 // output channels exchanged, the window mirrored, in the layouts of kernels.h. Channels that no sample of the plan uses
 // are left as they are.
 struct TurnedFilters {
-  const Tensor weight;        // contiguous
+  const bool by_taps;         // the weight is channels-last; else contiguous
+  const Tensor weight;
   std::vector<int32_t> used;  // by how many samples, for every listed channel
 
   TurnedFilters(const Tensor& weight, const Plan& plan);
