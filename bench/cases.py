@@ -88,6 +88,21 @@ class FunctionalCase(_Case):
 
 
 @dataclass(frozen=True)
+class BackwardCase(_Case):
+    """The backward of one functional call on channels-last images."""
+
+    operation: Operation
+    channels: int
+    size: int
+    batch: int
+    density: float
+
+    def small(self) -> "BackwardCase":
+        """The same in milliseconds, to see that it works."""
+        return replace(self, channels=self.channels // 8, size=min(self.size, 6), batch=min(self.batch, 3))
+
+
+@dataclass(frozen=True)
 class LinearCase(_Case):
     """One of the two layers of a multilayer perceptron with four hidden units a channel, ``density`` of them open.
 
@@ -161,6 +176,13 @@ FUNCTIONALS = tuple(
     )
 )
 
+BACKWARDS = (
+    *(BackwardCase("gated_block", *shape, 16, 0.3) for shape in SHAPES),
+    *(BackwardCase("gated_block", *shape, 1, 0.3) for shape in (SHAPES[0], SHAPES[3])),
+    BackwardCase("gated_block", *SHAPES[0], 16, 1.0),
+    *(BackwardCase("gated_conv2d", *shape, 16, 0.3) for shape in (SHAPES[0], SHAPES[2])),
+)
+
 _MOST = ("density", DENSITIES[1:])
 _LEAST = ("density", DENSITIES[:1])
 _BUDGET = ("kept", (0.3,))
@@ -189,6 +211,14 @@ LIMITS = (
     Limit("network_bf16", "speedup", 2.2, only=(_BUDGET,)),
     Limit("functional", "speedup", NEVER_SLOWER),
     Limit("linear", "speedup", NEVER_SLOWER, only=(("baseline", "eager"),)),
+    Limit(
+        "backward",
+        "efficiency",
+        0.85,
+        geomean=True,
+        only=(("operation", ("gated_block",)), ("batch", (16,)), ("density", (0.3,))),
+    ),
+    Limit("backward", "speedup", NEVER_SLOWER),
 )
 
 
@@ -208,7 +238,7 @@ def mask_cases(files: Sequence[Path]) -> tuple[BlockCase, ...]:
 
 
 # Every case, by the group of its cells; ``bench/test_<file>.py`` has a ``test_<group>`` for each.
-GROUPS: dict[str, tuple[BlockCase | NetworkCase | FunctionalCase | LinearCase, ...]] = {
+GROUPS: dict[str, tuple[BlockCase | NetworkCase | FunctionalCase | BackwardCase | LinearCase, ...]] = {
     "block": BLOCKS,
     "masks": mask_cases(recordings()),
     "cold": COLD,
@@ -216,6 +246,7 @@ GROUPS: dict[str, tuple[BlockCase | NetworkCase | FunctionalCase | LinearCase, .
     "network": NETWORKS,
     "network_bf16": NETWORKS_BF16,
     "functional": FUNCTIONALS,
+    "backward": BACKWARDS,
     "linear": LINEARS,
 }
 
@@ -231,5 +262,6 @@ SECONDS_BESIDE = {
     "network": 20.0,
     "network_bf16": 20.0,
     "functional": 0.6,
+    "backward": 0.8,
     "linear": 0.4,
 }

@@ -17,6 +17,12 @@ SCHEMAS = (
     " -> (Tensor, Tensor, Tensor)",
     "gated_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
     " Tensor? residual, SymInt[2] stride, str backend, float threshold) -> Tensor",
+    # The block where gradients are wanted: it keeps the hidden activation for them, as its kernels left it.
+    "gated_block_kept(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
+    " Tensor? residual, SymInt[2] stride, float threshold) -> (Tensor, Tensor)",
+    "gated_block_backward(Tensor dy, Tensor y, Tensor x, Tensor hidden, Tensor weight1, Tensor weight2, Tensor mask,"
+    " SymInt[2] stride, bool[3] output_mask, float threshold)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask, bool dense_input_grad,"
     " str backend, float threshold) -> Tensor",
     "gated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? in_mask, Tensor? out_mask,"
@@ -32,6 +38,13 @@ SCHEMAS = (
     " int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     "gated_block_cpu(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
     " Tensor? residual, int stride) -> Tensor",
+    "gated_conv2d_backward_cpu(Tensor dy, Tensor x, Tensor weight, Tensor? in_mask, Tensor? out_mask, int stride,"
+    " bool dense_input_grad, bool input, bool filters) -> (Tensor, Tensor)",
+    "gated_block_kept_cpu(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
+    " Tensor? residual, int stride) -> (Tensor, Tensor)",
+    "gated_block_backward_cpu(Tensor dy, Tensor y, Tensor x, Tensor hidden, Tensor weight1, Tensor weight2,"
+    " Tensor mask, int stride, bool input, bool filters1, bool filters2)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "channel_gate(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
     "packed_block(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? tiles1, Tensor? tiles2,"
     " Tensor mask, Tensor? residual, SymInt stride) -> Tensor",

@@ -24,6 +24,10 @@ CPU_THRESHOLDS: dict[str, tuple[tuple[float, float], ...]] = {
     "conv_out": ((16, 0.45), (64, 0.5), (1024, 0.75), (math.inf, 0.8)),
     "conv_in": ((16, 0.0), (64, 0.2), (256, 0.3), (1024, 0.6), (math.inf, 0.75)),
     "gated_block": ((16, 0.0), (64, 0.25), (256, 0.4), (1024, 0.7), (math.inf, 0.8)),
+    # The backward of a convolution; and a block with its backward, which are served by the same.
+    "conv_out_backward": ((16, 0.6), (64, 0.7), (math.inf, 0.75)),
+    "conv_in_backward": ((16, 0.5), (64, 0.6), (math.inf, 0.75)),
+    "gated_block_training": ((16, 0.0), (64, 0.4), (200, 0.85), (math.inf, 1.0)),
 }
 # Other layouts than channels-last are converted first.
 CPU_CONVERTED_THRESHOLD = 0.65

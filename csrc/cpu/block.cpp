@@ -5,6 +5,7 @@
 
 #include "block.h"
 #include "cpu/bring.h"
+#include "gradients.h"
 #include "queue.h"
 #include "strips.h"
 
@@ -24,7 +25,7 @@ struct Weights {
 class Block {
  public:
   Block(const Tensor& x, const MaybeTensor& residual, Tensor& y, const Weights& weights1, const Weights& weights2,
-        int64_t hidden, int64_t stride, const Plan& plan)
+        int64_t hidden, int64_t stride, const Plan& plan, const MaybeTensor& kept)
       : plan_(plan),
         N_(x.size(0)),
         hidden_(hidden),
@@ -39,8 +40,7 @@ class Block {
         tiled1_(N_),
         tiled2_(N_) {
     const int64_t pixels = y.size(2) * y.size(3);
-    // Planes a power of two apart would fall into the same cache sets: keep them a cache line off.
-    const int64_t plane = ceil_div(pixels, 16) * 16 + 16;
+    const int64_t plane = Planes::pitch_of(pixels);
     conv1_ = {grid1_.size, static_cast<int>(x.size(1)), weights1.direct, weights1.bias, plane, true};
     conv2_.size = grid2_.size, conv2_.C = static_cast<int>(hidden), conv2_.K = static_cast<int>(y.size(1));
     conv2_.weight = weights2.direct, conv2_.bias = weights2.bias;
@@ -55,12 +55,12 @@ class Block {
     const bool far = 64 * hidden * (conv1_.C + conv2_.K) > kFarBytes && N_ < 4;
     for (int64_t n = 0; n < N_; ++n) {
       const int32_t count = plan.count[n];
-      offset_[n + 1] = offset_[n] + count * plane;
+      offset_[n + 1] = offset_[n] + (kept ? hidden : count) * plane;
       const bool tiled = !far || 4 * count >= 3 * hidden;
       tiled1_[n] = tiled && weights1.transformed && out_tiles_pay(grid1_, count);
       tiled2_[n] = tiled && weights2.transformed && in_tiles_pay(grid2_, count);
     }
-    memory_ = empty({std::max<int64_t>(offset_[N_], 1)});
+    memory_ = kept ? *kept : empty({std::max<int64_t>(offset_[N_], 1)});
     planes_ = memory_.mutable_data_ptr<float>();
   }
 
@@ -202,13 +202,15 @@ class Block {
   const uint64_t call_ = next_call();
 };
 
+// kept: where the hidden activation's planes go, (N, hidden, pitch), if anybody wants them.
 Tensor run_block(const Tensor& given_x, const Weights& weights1, const Weights& weights2, int64_t hidden,
-                 int64_t out_channels, const Plan& plan, const MaybeTensor& given_residual, int64_t stride) {
+                 int64_t out_channels, const Plan& plan, const MaybeTensor& given_residual, int64_t stride,
+                 const MaybeTensor& kept = std::nullopt) {
   const Tensor x = channels_last(given_x);
   const MaybeTensor residual = given_residual ? MaybeTensor(channels_last(*given_residual)) : given_residual;
   const Geometry size = geometry(x, 3, stride);
   Tensor y = empty({x.size(0), out_channels, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
-  if (y.numel()) Block(x, residual, y, weights1, weights2, hidden, stride, plan).run();
+  if (y.numel()) Block(x, residual, y, weights1, weights2, hidden, stride, plan, kept).run();
   return y;
 }
 
@@ -237,14 +239,32 @@ Tensor packed_block(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
                    hidden, out, Plan(mask), residual, stride);
 }
 
-Tensor gated_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2,
-                   const MaybeTensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride) {
+namespace {
+
+Tensor functional_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2,
+                        const MaybeTensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride,
+                        const MaybeTensor& kept) {
   check_float(x, 4), check_float(weight1, 4), check_float(weight2, 4);
   const Plan plan(mask);
   const Tensor rows1 = weight_rows(weight1, plan), blocks2 = weight_blocks(weight2, &plan);
   const MaybeTensor b1 = row_major(bias1), b2 = row_major(bias2);
   return run_block(x, {floats(rows1), nullptr, floats(b1)}, {floats(blocks2), nullptr, floats(b2)}, weight1.size(0),
-                   weight2.size(0), plan, residual, stride);
+                   weight2.size(0), plan, residual, stride, kept);
+}
+
+}  // namespace
+
+Tensor gated_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2,
+                   const MaybeTensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride) {
+  return functional_block(x, weight1, bias1, weight2, bias2, mask, residual, stride, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor> gated_block_kept(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1,
+                                            const Tensor& weight2, const MaybeTensor& bias2, const Tensor& mask,
+                                            const MaybeTensor& residual, int64_t stride) {
+  const Geometry size = geometry(x, 3, stride);
+  const Tensor hidden = empty({x.size(0), weight1.size(0), Planes::pitch_of(int64_t{size.OH} * size.OW)});
+  return {functional_block(x, weight1, bias1, weight2, bias2, mask, residual, stride, hidden), hidden};
 }
 
 }  // namespace gatedkernels
@@ -252,4 +272,5 @@ Tensor gated_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bi
 STABLE_TORCH_LIBRARY_IMPL(gatedkernels, CPU, m) {
   m.impl("packed_block", TORCH_BOX(&gatedkernels::packed_block));
   m.impl("gated_block_cpu", TORCH_BOX(&gatedkernels::gated_block));
+  m.impl("gated_block_kept_cpu", TORCH_BOX(&gatedkernels::gated_block_kept));
 }

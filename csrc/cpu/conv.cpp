@@ -2,18 +2,18 @@
 #include <algorithm>
 #include <cstring>
 
-#include "packed_conv.h"
+#include "conv.h"
 
 namespace gatedkernels {
-namespace {
 
-// Rows of one item, so that every thread finds several of them.
 int64_t band(int64_t height, int64_t pieces, double operations_a_row) {
   const int64_t few = static_cast<int64_t>(kItemOperations / std::max(operations_a_row, 1.0));
   const int64_t spread = ceil_div(height * pieces, 8 * threads());  // rows an item if work is short
   const int64_t rows = std::clamp<int64_t>(std::min(few, spread), 1, std::max<int64_t>(height, 1));
   return rows > 1 ? rows - rows % 2 : rows;
 }
+
+namespace {
 
 // Writes NHWC pixels of all output channels; null plan: every input channel.
 Tensor run_in(const Tensor& x, const float* blocks, const float* bias, int64_t out_channels, int64_t taps,
@@ -45,11 +45,8 @@ Tensor run_in(const Tensor& x, const float* blocks, const float* bias, int64_t o
   return y;
 }
 
-OutConv out_conv(const Tensor& x, const Tensor& rows, const float* bias, int64_t stride, int64_t plane, bool relu) {
-  return {geometry(x, rows.size(2), stride), static_cast<int>(x.size(1)), floats(rows), bias, plane, relu};
-}
+}  // namespace
 
-// x, NHWC, with zeros in the closed channels: what it held there is never read.
 Tensor open_channels(const Tensor& x, const MaybeTensor& in_mask) {
   if (!in_mask) return channels_last(x);
   const Plan plan(*in_mask);
@@ -72,7 +69,33 @@ Tensor open_channels(const Tensor& x, const MaybeTensor& in_mask) {
   return y;
 }
 
-}  // namespace
+Tensor out_gated(const Tensor& x, const float* rows, int64_t K, int64_t taps, const float* bias, const Plan& plan,
+                 int64_t stride) {
+  const Geometry size = geometry(x, taps, stride);
+  const int64_t N = x.size(0), C = x.size(1);
+  Tensor y = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
+  if (y.numel() == 0) return y;
+  const double operations = 2.0 * static_cast<double>(taps * taps * C * size.OW * K);
+  const int64_t height = band(size.OH, N, operations), bands = ceil_div(size.OH, height);
+  const float* in = floats(x);
+  float* out = y.mutable_data_ptr<float>();
+  in_order(N * bands, [&](int64_t item) {
+    const int64_t n = item / bands, row = item % bands * height, end = std::min<int64_t>(row + height, size.OH);
+    const int64_t plane = ceil_div((end - row) * size.OW, 16) * 16 + 16;
+    const OutConv conv{size, static_cast<int>(C), rows, bias, plane, false};
+    const int32_t* channels = plan.list(n);
+    // The kernel counts pixels from the image's first row; the planes hold this band only.
+    std::vector<float> planes(plan.count[n] * plane);
+    kernels_for(C).out_rows(conv, in + n * size.H * size.W * C, channels, plan.count[n], plan.count[n],
+                            static_cast<int>(row), static_cast<int>(end), planes.data() - row * size.OW);
+    for (int64_t p = 0; p < (end - row) * size.OW; ++p) {
+      float* pixel = out + ((n * size.OH + row) * size.OW + p) * K;
+      std::memset(pixel, 0, K * sizeof(float));
+      for (int32_t j = 0; j < plan.count[n]; ++j) pixel[channels[j]] = planes[j * plane + p];
+    }
+  });
+  return y;
+}
 
 Tensor conv_in(const Tensor& packed, const Tensor& weight, const MaybeTensor& bias, const Tensor& index,
                const Tensor& count, int64_t stride) {
@@ -96,7 +119,7 @@ Tensor conv_out(const Tensor& given_x, const Tensor& weight, const MaybeTensor& 
   const int64_t plane = int64_t{size.OH} * size.OW;
   Tensor packed = empty({N, K, size.OH, size.OW});
   if (packed.numel() == 0) return packed;
-  const OutConv conv = out_conv(x, rows, floats(b), stride, plane, relu);
+  const OutConv conv{size, static_cast<int>(C), floats(rows), floats(b), plane, relu};
   const float* in = floats(x);
   float* out = packed.mutable_data_ptr<float>();
   constexpr int64_t kTile = 12;  // channels of one item: whole tiles of every width
@@ -123,31 +146,8 @@ Tensor gated_conv2d(const Tensor& given_x, const Tensor& weight, const MaybeTens
                   stride, false);
   }
   const Plan plan(*out_mask);
-  const Tensor x = open_channels(given_x, in_mask), rows = weight_rows(weight, plan);
-  const Geometry size = geometry(x, taps, stride);
-  const int64_t N = x.size(0), C = x.size(1);
-  Tensor y = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
-  if (y.numel() == 0) return y;
-  const double operations = 2.0 * static_cast<double>(taps * taps * C * size.OW * K);
-  const int64_t height = band(size.OH, N, operations), bands = ceil_div(size.OH, height);
-  const float* in = floats(x);
-  float* out = y.mutable_data_ptr<float>();
-  in_order(N * bands, [&](int64_t item) {
-    const int64_t n = item / bands, row = item % bands * height, end = std::min<int64_t>(row + height, size.OH);
-    const int64_t plane = ceil_div((end - row) * size.OW, 16) * 16 + 16;
-    const OutConv conv = out_conv(x, rows, floats(b), stride, plane, false);
-    const int32_t* channels = plan.list(n);
-    // The kernel counts pixels from the image's first row; the planes hold this band only.
-    std::vector<float> planes(plan.count[n] * plane);
-    kernels_for(C).out_rows(conv, in + n * size.H * size.W * C, channels, plan.count[n], plan.count[n],
-                            static_cast<int>(row), static_cast<int>(end), planes.data() - row * size.OW);
-    for (int64_t p = 0; p < (end - row) * size.OW; ++p) {
-      float* pixel = out + ((n * size.OH + row) * size.OW + p) * K;
-      std::memset(pixel, 0, K * sizeof(float));
-      for (int32_t j = 0; j < plan.count[n]; ++j) pixel[channels[j]] = planes[j * plane + p];
-    }
-  });
-  return y;
+  const Tensor rows = weight_rows(weight, plan);
+  return out_gated(open_channels(given_x, in_mask), floats(rows), K, taps, floats(b), plan, stride);
 }
 
 Tensor packed_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, const MaybeTensor& in_mask,

@@ -2,7 +2,7 @@
 // kernel takes.
 #include <algorithm>
 
-#include "packed_conv.h"
+#include "conv.h"
 
 namespace gatedkernels {
 namespace {
@@ -21,9 +21,7 @@ Tensor run_pairs(const Bf16Kernels& run, const Tensor& x, const Tensor& weight, 
   conv.channel_step = 2, conv.pixel_step = C, conv.row_step = size.W * C;
   conv.gathered = false, conv.relu = relu;
   const double row = 2.0 * static_cast<double>(taps * taps * kBlock * size.OW * C) / kSpeedUp;
-  const int64_t all = threads(), fitting = static_cast<int64_t>(kItemOperations / row);
-  const int64_t spread = ceil_div(size.OH * N * blocks, 8 * all);  // rows of an item if work is short
-  const int64_t rows = std::clamp<int64_t>(std::min(fitting, spread), 1, size.OH), bands = ceil_div(size.OH, rows);
+  const int64_t rows = band(size.OH, N * blocks, row), bands = ceil_div(size.OH, rows);
   const Bf16 *in = bf16s(x), *skip = bf16s(residual);
   Bf16* out = static_cast<Bf16*>(y.mutable_data_ptr());
   in_order(N * blocks * bands, [&](int64_t item) {

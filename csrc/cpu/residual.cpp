@@ -4,8 +4,8 @@
 #include <tuple>
 
 #include "block.h"
+#include "conv.h"
 #include "gate.h"
-#include "packed_conv.h"
 
 namespace gatedkernels {
 

@@ -52,15 +52,16 @@ def guard(tensor: Tensor, at_end: bool) -> Tensor:
     return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
-def check(name: str, *arguments: Any) -> None:
-    """Call an operator on guarded tensors; elsewhere in memory the result is the same."""
+def check(name: str, *arguments: Any, results: int | None = None) -> None:
+    """Call an operator on guarded tensors; elsewhere in memory the first ``results`` of its results are the same."""
     expected = getattr(ops, name)(*arguments)
     for at_end in (True, False):
         shapes = [(tuple(a.shape), a.stride()) if isinstance(a, Tensor) else a for a in arguments]
         print(name, "end" if at_end else "begin", *shapes, flush=True)
         guarded = [guard(a, at_end) if isinstance(a, Tensor) else a for a in arguments]
         actual = getattr(ops, name)(*guarded)
-        for a, e in zip(*((r if isinstance(r, tuple) else (r,)) for r in (actual, expected)), strict=True):
+        both = ((r if isinstance(r, tuple) else (r,))[:results] for r in (actual, expected))
+        for a, e in zip(*both, strict=True):
             assert torch.equal(a, e), name
 
 
@@ -78,9 +79,17 @@ def check_convolutions(
         check("conv_in_cpu", x, filters, bias, *in_plan, stride)
         for masks in ((None, None), (in_mask, None), (None, out_mask), (in_mask, out_mask)):
             check("gated_conv2d_cpu", x, filters, bias, *masks, stride)
+        check_backward(x, filters, torch.randn_like(residual), in_mask, out_mask, stride)
     blocks = pack_blocks(weight)
     for masks in ((None, None), (in_mask, None), (None, out_mask), (in_mask, out_mask)):
         check("packed_conv2d", x, blocks, bias, *masks, residual, k, stride, True)
+
+
+def check_backward(x: Tensor, weight: Tensor, dy: Tensor, in_mask: Tensor, out_mask: Tensor, stride: int) -> None:
+    """The gradients of one convolution that there are kernels for."""
+    for masks in ((in_mask, None), (None, out_mask), (in_mask, out_mask)):
+        strided = masks[1] is not None and weight.shape[2] == 3
+        check("gated_conv2d_backward_cpu", dy, x, weight, *masks, stride, False, stride == 1 or strided, True)
 
 
 def check_blocks(n: int, c: int, k: int, h: int, w: int, stride: int, form: str, density: float) -> None:
@@ -91,7 +100,24 @@ def check_blocks(n: int, c: int, k: int, h: int, w: int, stride: int, form: str,
     mask = torch.rand(n, m) < density
     residual = torch.randn(n, k, (h - 1) // stride + 1, (w - 1) // stride + 1).contiguous(memory_format=FORMATS[form])
     for rest in (residual, None):
-        check("gated_block_cpu", x, weight1, bias1, weight2, bias2, mask, rest, stride)
+        tensors = x, weight1, bias1, weight2, bias2, mask, rest
+        check("gated_block_cpu", *tensors, stride)
+        check("gated_block_kept_cpu", *tensors, stride, results=1)  # of the other one only the open planes are written
+        y, hidden = ops.gated_block_kept_cpu(*tensors, stride)
+        check(
+            "gated_block_backward_cpu",
+            torch.randn_like(y),
+            y,
+            x,
+            hidden,
+            weight1,
+            weight2,
+            mask,
+            stride,
+            True,
+            True,
+            True,
+        )
         weights = pack_rows(weight1), bias1, pack_blocks(weight2), bias2
         check("packed_block", x, *weights, None, None, mask, rest, stride)
         tiles = pack_tile_rows(weight1) if stride == 1 else None, pack_tile_blocks(weight2)

@@ -53,8 +53,32 @@ def convolutions(c: int, k: int, h: int, w: int, side: int, stride: int) -> None
         check(f"conv_out {case}", y, pack(exact.relu(), *plan))
         plan = gk.plan(inside)
         check(f"conv_in {case}", gk.conv_in(pack(x, *plan), weight, bias, *plan, **run), exact_in)
+        for masks in ((inside, None), (None, outside), (inside, outside)):
+            gradients(case, x, weight, torch.randn_like(exact, dtype=torch.float32), masks, stride)
         y = ops.packed_conv2d(x, pack_blocks(weight), bias, inside, outside, None, k, stride, True)
         check(f"packed_conv2d {case}", y, where(outside, exact_in.relu()))
+
+
+def gradients(
+    case: tuple[int, ...],
+    x: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    masks: tuple[Tensor | None, Tensor | None],
+    stride: int,
+) -> None:
+    inside, outside = masks
+    side, name = weight.shape[2], f"{['', 'in '][inside is not None]}{['', 'out '][outside is not None]}{case}"
+    planned = stride == 1 or (outside is not None and side == 3)
+    dx, dweight = ops.gated_conv2d_backward_cpu(dy, x, weight, *masks, stride, False, planned, True)
+    wide = x.double() if inside is None else where(inside, x.double())
+    above = dy.double() if outside is None else where(outside, dy.double())
+    exact_dx, exact_dweight, _ = torch.ops.aten.convolution_backward(
+        above, wide, weight.double(), None, [stride] * 2, [side // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False]
+    )
+    check(f"dweight {name}", dweight, exact_dweight)
+    if planned:
+        check(f"dx {name}", dx, exact_dx if inside is None else where(inside, exact_dx))
 
 
 def blocks(c: int, k: int, h: int, w: int, stride: int) -> None:

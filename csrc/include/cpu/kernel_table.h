@@ -2,12 +2,14 @@
 #pragma once
 
 #include "cpu/gate_rows.h"
+#include "cpu/grad_rows.h"
 #include "cpu/in_rows.h"
 #include "cpu/in_tiles.h"
 #include "cpu/linear_rows.h"
 #include "cpu/numbers.h"
 #include "cpu/out_rows.h"
 #include "cpu/out_tiles.h"
+#include "cpu/spread_rows.h"
 #include "cpu/stem_rows.h"
 
 namespace gatedkernels {
@@ -27,7 +29,9 @@ constexpr Kernels kernels_of(const char* name) {
           GateRows<L>::linear,
           LinearRows<L>::panel,
           LinearRows<L>::gather_rows,
-          LinearRows<L>::spread};
+          LinearRows<L>::spread,
+          GradRows<L>::run,
+          SpreadRows<L>::run};
 }
 
 }  // namespace gatedkernels

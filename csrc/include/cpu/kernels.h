@@ -116,6 +116,23 @@ struct SpreadUnits {
   int64_t y_step;
 };
 
+// Gradients of filters: an NHWC image, along whose channels lanes run, times planes of single channels, summed over the
+// pixels. One of the two is the input of the convolution, the other one belongs to its output.
+struct GradConv {
+  Geometry size;
+  bool input_lanes;  // the image is the input and the planes belong to the output, or the other way round
+  int lanes;         // channels of the image from here on that are meant, at most kBlock
+  int64_t pixel;     // floats from pixel to pixel of the image
+  int planes() const { return size.S == 1 ? 8 : 1; }  // that are computed together
+};
+
+// Rows [row, end) of the convolution's output in one sample.
+struct GradRun {
+  const float* image;      // its first pixel
+  const float* plane[8];   // first pixels of GradConv::planes() planes, or of fewer, the last ones repeated
+  int row, end;
+};
+
 constexpr int kChain = 64;  // products that are added one after another, without losing digits
 
 struct Kernels {
@@ -150,6 +167,13 @@ struct Kernels {
   // panel[c][l] = rows[l][c] for kBlock rows.
   void (*gather_rows)(const float* const* rows, int64_t inputs, float* panel);
   void (*spread_units)(const SpreadUnits&);
+  // sums[p][tap][lane] += the products of all runs, for the first `planes` planes; rows of kBlock lanes.
+  void (*grad_rows)(const GradConv&, const GradRun* runs, int count, int planes, float* const* sums);
+  // The input's gradient of a 3 x 3 convolution of stride 2: pairs of rows [row, end), one block of its channels, from
+  // planes of the gradient of its output. `size` is that of the convolution, C its output and K its input channels; the
+  // weights are those for in_rows, turned round.
+  void (*spread_rows)(const InConv&, const float* planes, const int32_t* channels, int count, int block, int row,
+                      int end, float* y);
 };
 
 extern const Kernels kPortableKernels;

@@ -12,6 +12,7 @@ from gatedkernels.ops._arguments import in_best_layout
 from gatedkernels.ops._backends import ALWAYS, Backend, require
 from gatedkernels.ops._select import select_
 from gatedkernels.ops.gated_block.reference import gated_block_reference
+from gatedkernels.ops.gated_block.training import wants_gradients
 
 
 def _launch_dense(
@@ -174,6 +175,13 @@ def gated_block(
     else:
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
+    if served == "cpu" and wants_gradients(x, weight1, bias1, weight2, bias2, residual):
+        if backend == "auto":
+            threshold = policy.choose("gated_block_training", x, weight1, strides, (1, 1), (1, 1), 1).threshold
+        y, _ = torch.ops.gatedkernels.gated_block_kept.default(
+            x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold
+        )
+        return y
     return torch.ops.gatedkernels.gated_block.default(
         x, weight1, bias1, weight2, bias2, mask, residual, strides, served, threshold
     )

@@ -12,8 +12,6 @@ from gatedkernels.ops._backends import ALWAYS, Backend, require
 from gatedkernels.ops._select import select, select_
 from gatedkernels.ops.gated_conv2d.reference import gated_conv2d_backward_reference, gated_conv2d_reference, masked
 
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
-
 
 def _launch_dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_mask: Tensor | None, out_mask: Tensor | None, *geometry: Any
@@ -81,40 +79,13 @@ def _forward(
     return y.contiguous(memory_format=arguments.memory_format(x))
 
 
-def _shrink(
-    dy: Tensor, x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Channels of x and of dy that at least one sample keeps; None where that is every channel."""
-    kept_in = None if in_mask is None else in_mask.any(0).nonzero()[:, 0]
-    kept_out = None if out_mask is None else out_mask.any(0).nonzero()[:, 0]
-    if kept_in is not None and len(kept_in) == x.shape[1]:
-        kept_in = None
-    if kept_out is not None and len(kept_out) == dy.shape[1]:
-        kept_out = None
-    return kept_in, kept_out
-
-
-def _weight_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None, geometry: Geometry
-) -> Tensor:
-    """The filters' gradient; filters that no sample uses have none, and cost nothing."""
-    kept_in, kept_out = _shrink(dy, x, in_mask, out_mask)
-    dy, x, shrunk = masked(dy, out_mask), masked(x, in_mask), weight
-    if kept_in is not None:
-        x, shrunk = x.index_select(1, kept_in), shrunk.index_select(1, kept_in)
-    if kept_out is not None:
-        dy, shrunk = dy.index_select(1, kept_out), shrunk.index_select(0, kept_out)
-    if shrunk.numel() == 0:
-        return torch.zeros_like(weight)
-    stride, padding, dilation, groups = geometry
-    _, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, x, shrunk, None, list(stride), list(padding), list(dilation), False, [0, 0], groups, [False, True, False]
-    )
-    if kept_in is not None:
-        dweight = torch.zeros_like(weight[: dweight.shape[0]]).index_copy(1, kept_in, dweight)
-    if kept_out is not None:
-        dweight = torch.zeros_like(weight).index_copy(0, kept_out, dweight)
-    return dweight
+def _input_gradient_is_sparse(
+    weight: Tensor, out_mask: Tensor | None, stride: Sequence[int], dense_input_grad: bool
+) -> bool:
+    """Whether the gradient of x has a kernel that leaves work out."""
+    if out_mask is not None:
+        return stride[0] == 1 or weight.shape[2] == 3
+    return stride[0] == 1 and not dense_input_grad
 
 
 def _backward_cpu(
@@ -131,28 +102,30 @@ def _backward_cpu(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The reference's gradients, with the work of closed channels left out where that is exact."""
-    geometry = (stride, padding, dilation, groups)
-    if groups != 1 or x.shape[0] == 0:
+    if in_mask is None and out_mask is None:
         return gated_conv2d_backward_reference(
-            dy, x, weight, in_mask, out_mask, *geometry, dense_input_grad, output_mask
+            dy, x, weight, None, None, stride, padding, dilation, groups, dense_input_grad, output_mask
         )
-    dx = dweight = dbias = None
-    if output_mask[0]:
-        # At stride 1 the gradient of x is the convolution of dy with the transposed, mirrored filters: its input
-        # channels are gated by out_mask, its output channels by in_mask.
-        mirrored = weight.flip(2, 3).transpose(0, 1)
-        closed = None if dense_input_grad else in_mask
-        if tuple(stride) == (1, 1) and not policy.cpu_problem(dy, mirrored, stride, padding, dilation, groups):
-            dx = _launch_cpu(dy, mirrored, None, out_mask, closed, stride, padding, dilation, groups)
-        else:
-            dx, _, _ = gated_conv2d_backward_reference(
-                dy, x, weight, in_mask, out_mask, *geometry, dense_input_grad, (True, False, False)
-            )
-    if output_mask[1]:
-        dweight = _weight_gradient(dy, x, weight, in_mask, out_mask, geometry)
-    if output_mask[2]:
-        dbias = masked(dy, out_mask).sum((0, 2, 3))
-    return dx, dweight, dbias
+    by_kernel = output_mask[0] and _input_gradient_is_sparse(weight, out_mask, stride, dense_input_grad)
+    dx, dweight = torch.ops.gatedkernels.gated_conv2d_backward_cpu(
+        dy, x, weight, in_mask, out_mask, stride[0], dense_input_grad, by_kernel, output_mask[1]
+    )
+    if output_mask[0] and not by_kernel:
+        dx, _, _ = gated_conv2d_backward_reference(
+            dy,
+            x,
+            weight,
+            in_mask,
+            out_mask,
+            stride,
+            padding,
+            dilation,
+            groups,
+            dense_input_grad,
+            (True, False, False),
+        )
+    dbias = masked(dy, out_mask).sum((0, 2, 3)) if output_mask[2] else None
+    return dx if output_mask[0] else None, dweight if output_mask[1] else None, dbias
 
 
 def _backward_launch(
@@ -170,6 +143,9 @@ def _backward_launch(
     backend: str,
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "cpu" and threshold < 1:  # the policy's, for the forward
+        kernel = "conv_in_backward" if out_mask is None else "conv_out_backward"
+        threshold = policy.choose(kernel, x, weight, stride, padding, dilation, groups).threshold
     sparse = backend == "cpu" and not _too_dense(in_mask, out_mask, threshold)
     launcher = _backward_cpu if sparse else gated_conv2d_backward_reference
     dx, dweight, dbias = launcher(

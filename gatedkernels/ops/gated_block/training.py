@@ -1,0 +1,188 @@
+"""The gated block where gradients are wanted, on the CPU: it keeps the hidden activation, and has a sparse backward."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from gatedkernels import policy
+from gatedkernels.ops import _arguments as arguments
+from gatedkernels.ops._select import select_
+
+# Floats that follow each plane of the hidden activation, at least, and of which a plane is a multiple: see
+# csrc/cpu/gradients.h.
+_LINE = 16
+_ONES = [1, 1]
+
+
+def _pitch(pixels: int) -> int:
+    return (pixels + _LINE - 1) // _LINE * _LINE + _LINE
+
+
+def too_dense(mask: Tensor, threshold: float) -> bool:
+    """Whether so many channels are open that the dense kernels are the faster ones."""
+    return threshold < 1 and mask.numel() > 0 and int(mask.sum()) > threshold * mask.numel()
+
+
+def _as_images(hidden: Tensor, like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    """The memory of ``hidden`` as dense images in the layout of ``like``."""
+    n, (height, width) = hidden.shape[0], size
+    flat = hidden.view(-1)[: n * channels * height * width]
+    if arguments.memory_format(like) == torch.channels_last:
+        return flat.view(n, height, width, channels).permute(0, 3, 1, 2)
+    return flat.view(n, channels, height, width)
+
+
+def _forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    mask: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    problem = policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1)
+    if problem:
+        raise ValueError(f"backend 'cpu' {problem}")
+    form = arguments.memory_format(x)
+    if not too_dense(mask, threshold):
+        y, hidden = torch.ops.gatedkernels.gated_block_kept_cpu(
+            x, weight1, bias1, weight2, bias2, mask, residual, stride[0]
+        )
+        return y.contiguous(memory_format=form), hidden
+    x = arguments.in_best_layout(x, weight1, weight2)
+    computed = conv2d(x, weight1, bias1, list(stride), 1)
+    size = computed.shape[2:]
+    hidden = x.new_empty((x.shape[0], weight1.shape[0], _pitch(size[0] * size[1])))
+    images = _as_images(hidden, x, weight1.shape[0], size)
+    torch.clamp_min(computed, 0, out=images)
+    y = conv2d(select_(images, mask[:, :, None, None]), weight2, bias2, 1, 1)
+    y = (y if residual is None else y.add_(residual)).relu_()
+    return y.contiguous(memory_format=form), hidden
+
+
+def _backward_dense(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    stride: Sequence[int],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all but the residual, from the one before the last ReLU."""
+    x = arguments.in_best_layout(x, weight1, weight2)
+    h = _as_images(hidden, x, weight1.shape[0], dy.shape[2:])
+    input, filters1, filters2 = needs
+    backward, ungrouped = torch.ops.aten.convolution_backward, (False, [0, 0], 1)
+    below = input or filters1
+    dh, dweight2, dbias2 = backward(
+        dy, h, weight2, [weight2.shape[0]], _ONES, _ONES, _ONES, *ungrouped, [below, filters2, filters2]
+    )
+    dx = dweight1 = dbias1 = None
+    if below:  # a closed channel is zero, as one that the ReLU closed
+        dh = torch.ops.aten.threshold_backward(dh, h, 0)
+        dx, dweight1, dbias1 = backward(
+            dh, x, weight1, [weight1.shape[0]], list(stride), _ONES, _ONES, *ungrouped, [input, filters1, filters1]
+        )
+    return dx, dweight1, dbias1, dweight2, dbias2
+
+
+def _backward_launch(
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    mask: Tensor,
+    stride: Sequence[int],
+    output_mask: Sequence[bool],
+    threshold: float,
+) -> tuple[Tensor, ...]:
+    input, filters1, filters2 = output_mask
+    gradients: tuple[Tensor | None, ...]
+    if too_dense(mask, threshold):
+        last = torch.ops.aten.threshold_backward(dy, y, 0)
+        gradients = *_backward_dense(last, x, hidden, weight1, weight2, stride, (input, filters1, filters2)), last
+    else:
+        gradients = torch.ops.gatedkernels.gated_block_backward_cpu(
+            dy, y, x, hidden, weight1, weight2, mask, stride[0], input, filters1, filters2
+        )
+    dx, dweight1, dbias1, dweight2, dbias2, dresidual = gradients
+    form = arguments.memory_format(x)
+
+    def given(gradient: Tensor | None, wanted: bool, form: torch.memory_format = torch.contiguous_format) -> Tensor:
+        return gradient.contiguous(memory_format=form) if wanted and gradient is not None else x.new_empty(0)
+
+    return (
+        given(dx, input, form),
+        given(dweight1, filters1),
+        given(dbias1, filters1),
+        given(dweight2, filters2),
+        given(dbias2, filters2),
+        given(dresidual, True, form),
+    )
+
+
+torch.library.impl("gatedkernels::gated_block_kept", "CPU", _forward)
+torch.library.impl("gatedkernels::gated_block_backward", "CPU", _backward_launch)
+
+
+@torch.library.register_fake("gatedkernels::gated_block_kept")
+def _(x, weight1, bias1, weight2, bias2, mask, residual, stride, threshold):  # type: ignore[no-untyped-def]
+    size = arguments.output_size(x, weight1, stride, (1, 1), (1, 1))
+    y = x.new_empty((x.shape[0], weight2.shape[0], *size)).to(memory_format=arguments.memory_format(x))
+    return y, x.new_empty((x.shape[0], weight1.shape[0], _pitch(size[0] * size[1])))
+
+
+@torch.library.register_fake("gatedkernels::gated_block_backward")
+def _(dy, y, x, hidden, weight1, weight2, mask, stride, output_mask, threshold):  # type: ignore[no-untyped-def]
+    input, filters1, filters2 = output_mask
+    form = arguments.memory_format(x)
+    return (
+        x.new_empty(x.shape).to(memory_format=form) if input else x.new_empty(0),
+        *(x.new_empty(shape if filters1 else 0) for shape in (weight1.shape, weight1.shape[:1])),
+        *(x.new_empty(shape if filters2 else 0) for shape in (weight2.shape, weight2.shape[:1])),
+        x.new_empty(y.shape).to(memory_format=form),
+    )
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight1, _, weight2, _, mask, _, *ctx.options = inputs
+    y, hidden = output
+    ctx.mark_non_differentiable(hidden)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight1, weight2, mask, y, hidden)
+
+
+def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
+    if dy is None:
+        return (None,) * 9
+    x, weight1, weight2, mask, y, hidden = ctx.saved_tensors
+    stride, threshold = ctx.options
+    needs = ctx.needs_input_grad
+    wanted = (needs[0], needs[1] or needs[2], needs[3] or needs[4])
+    gradients = torch.ops.gatedkernels.gated_block_backward.default(
+        dy, y, x, hidden, weight1, weight2, mask, stride, wanted, threshold
+    )
+    dx, dweight1, dbias1, dweight2, dbias2, dresidual = gradients
+    all_gradients = (dx, dweight1, dbias1, dweight2, dbias2, None, dresidual)
+    return *(g if need else None for g, need in zip(all_gradients, needs[:7], strict=True)), None, None
+
+
+def _backward_twice(ctx, *_):  # type: ignore[no-untyped-def]
+    raise RuntimeError("gated operations can be differentiated once, not twice")
+
+
+torch.library.register_autograd("gatedkernels::gated_block_kept", _backward, setup_context=_save)
+torch.library.register_autograd("gatedkernels::gated_block_backward", _backward_twice)
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow a call with these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
