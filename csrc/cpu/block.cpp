@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "block.h"
+#include "dense.h"
 #include "queue.h"
 #include "strips.h"
 
@@ -224,13 +225,17 @@ Tensor packed_block(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
 }
 
 Tensor gated_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2,
-                   const MaybeTensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride) {
+                   const MaybeTensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride,
+                   double threshold) {
   check_float(x, 4), check_float(weight1, 4), check_float(weight2, 4);
+  const MemoryFormat layout = layout_like(x);
+  if (too_dense(mask, threshold)) return dense_block(x, weight1, bias1, weight2, bias2, mask, residual, stride, layout);
   const Plan plan(mask);
   const Tensor rows1 = weight_rows(weight1, plan), blocks2 = weight_blocks(weight2, &plan);
   const MaybeTensor b1 = row_major(bias1), b2 = row_major(bias2);
-  return run_block(x, {floats(rows1), nullptr, floats(b1)}, {floats(blocks2), nullptr, floats(b2)}, weight1.size(0),
-                   weight2.size(0), plan, residual, stride);
+  const Tensor y = run_block(x, {floats(rows1), nullptr, floats(b1)}, {floats(blocks2), nullptr, floats(b2)},
+                             weight1.size(0), weight2.size(0), plan, residual, stride);
+  return in_layout(y, layout);
 }
 
 }  // namespace gatedkernels

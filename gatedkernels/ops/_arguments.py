@@ -160,6 +160,11 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(map(cast, tensors))
 
 
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd must know what is computed from these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """Layout of an operation's output, a function of the shape and strides of ``x`` alone; contiguous if ambiguous."""
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):

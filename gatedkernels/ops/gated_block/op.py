@@ -40,11 +40,13 @@ def _launch_cpu(
     mask: Tensor,
     residual: Tensor | None,
     stride: Sequence[int],
+    threshold: float = ALWAYS,
 ) -> Tensor:
     problem = policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1)
     if problem:
         raise ValueError(f"backend 'cpu' {problem}")
-    return torch.ops.gatedkernels.gated_block_cpu(x, weight1, bias1, weight2, bias2, mask, residual, stride[0])
+    operator = torch.ops.gatedkernels.gated_block_cpu.default
+    return operator(x, weight1, bias1, weight2, bias2, mask, residual, stride[0], threshold)
 
 
 LAUNCHERS: dict[str, Callable[..., Tensor]] = {
@@ -66,9 +68,10 @@ def _forward(
     backend: str,
     threshold: float,
 ) -> Tensor:
-    if threshold < 1 and mask.device.type == "cpu" and mask.numel() and int(mask.sum()) > threshold * mask.numel():
-        backend = "dense"
-    y = LAUNCHERS[backend](x, weight1, bias1, weight2, bias2, mask, residual, stride)
+    launcher = LAUNCHERS[backend]
+    if backend == "cpu":  # compares the density itself
+        return launcher(x, weight1, bias1, weight2, bias2, mask, residual, stride, threshold)
+    y = launcher(x, weight1, bias1, weight2, bias2, mask, residual, stride)
     return y.contiguous(memory_format=arguments.memory_format(x))
 
 
@@ -76,9 +79,14 @@ torch.library.impl("gatedkernels::gated_block", ("CPU", "CUDA"), _forward)
 
 
 @torch.library.register_fake("gatedkernels::gated_block")
-def _(x, weight1, bias1, weight2, bias2, mask, residual, stride, backend, threshold):  # type: ignore[no-untyped-def]
+def _fake(x, weight1, bias1, weight2, bias2, mask, residual, stride, *_):  # type: ignore[no-untyped-def]
     size = arguments.output_size(x, weight1, stride, (1, 1), (1, 1))
     return x.new_empty((x.shape[0], weight2.shape[0], *size)).to(memory_format=arguments.memory_format(x))
+
+
+@torch.library.register_fake("gatedkernels::gated_block_cpu")
+def _(x, weight1, bias1, weight2, bias2, mask, residual, stride, threshold=ALWAYS):  # type: ignore[no-untyped-def]
+    return _fake(x, weight1, bias1, weight2, bias2, mask, residual, (stride, stride))
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -169,11 +177,12 @@ def gated_block(
         size = arguments.output_size(x, weight1, strides, (1, 1), (1, 1))
         arguments.check_like("residual", residual, (x.shape[0], weight2.shape[0], *size), x)
     if backend == "auto":
-        choice = policy.choose("gated_block", x, weight1, strides, (1, 1), (1, 1), 1)
-        served, threshold = choice.backend, choice.threshold
+        served, threshold = policy.choose("gated_block", x, weight1, strides, (1, 1), (1, 1), 1)
     else:
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
+    if served == "cpu" and not arguments.recorded(x, weight1, bias1, weight2, bias2, residual):
+        return _launch_cpu(x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold)
     return torch.ops.gatedkernels.gated_block.default(
         x, weight1, bias1, weight2, bias2, mask, residual, strides, served, threshold
     )

@@ -35,11 +35,12 @@ def _launch_cpu(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    threshold: float = ALWAYS,
 ) -> Tensor:
     problem = policy.cpu_problem(x, weight, stride, padding, dilation, groups)
     if problem:
         raise ValueError(f"backend 'cpu' {problem}")
-    return torch.ops.gatedkernels.gated_conv2d_cpu(x, weight, bias, in_mask, out_mask, stride[0])
+    return torch.ops.gatedkernels.gated_conv2d_cpu.default(x, weight, bias, in_mask, out_mask, stride[0], threshold)
 
 
 def _launch_cuda(*args: object) -> Tensor:
@@ -76,7 +77,9 @@ def _forward(
     backend: str,
     threshold: float,
 ) -> Tensor:
-    launcher = LAUNCHERS["dense" if _too_dense(in_mask, out_mask, threshold) else backend]
+    launcher = LAUNCHERS[backend]
+    if backend == "cpu":  # compares the density itself
+        return launcher(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups, threshold)
     y = launcher(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups)
     return y.contiguous(memory_format=arguments.memory_format(x))
 
@@ -187,9 +190,15 @@ torch.library.impl("gatedkernels::gated_conv2d_backward", ("CPU", "CUDA"), _back
 
 
 @torch.library.register_fake("gatedkernels::gated_conv2d")
-def _(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups, dense_input_grad, backend, threshold):  # type: ignore[no-untyped-def]
+def _fake(x, weight, bias, in_mask, out_mask, stride, padding, dilation, *_):  # type: ignore[no-untyped-def]
     size = arguments.output_size(x, weight, stride, padding, dilation)
     return x.new_empty((x.shape[0], weight.shape[0], *size)).to(memory_format=arguments.memory_format(x))
+
+
+@torch.library.register_fake("gatedkernels::gated_conv2d_cpu")
+def _(x, weight, bias, in_mask, out_mask, stride, threshold=ALWAYS):  # type: ignore[no-untyped-def]
+    padding = [side // 2 for side in weight.shape[2:]]
+    return _fake(x, weight, bias, in_mask, out_mask, (stride, stride), padding, (1, 1))
 
 
 @torch.library.register_fake("gatedkernels::gated_conv2d_backward")
@@ -290,11 +299,13 @@ def gated_conv2d(
     if backend == "auto" and in_mask is None and out_mask is None:
         served, threshold = "dense", ALWAYS
     elif backend == "auto":
-        choice = policy.choose("conv_in" if out_mask is None else "conv_out", x, weight, *geometry, groups)
-        served, threshold = choice.backend, choice.threshold
+        kernel = "conv_in" if out_mask is None else "conv_out"
+        served, threshold = policy.choose(kernel, x, weight, *geometry, groups)
     else:
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
+    if served == "cpu" and not arguments.recorded(x, weight, bias):
+        return _launch_cpu(x, weight, bias, in_mask, out_mask, *geometry, groups, threshold)
     return torch.ops.gatedkernels.gated_conv2d.default(
         x, weight, bias, in_mask, out_mask, *geometry, groups, dense_input_grad, served, threshold
     )
