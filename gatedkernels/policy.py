@@ -29,6 +29,19 @@ CPU_THRESHOLDS: dict[str, tuple[tuple[float, float], ...]] = {
 CPU_CONVERTED_THRESHOLD = 0.65
 
 
+def version() -> int:
+    """Changes whenever `choose` may answer another way than before."""
+    return 0
+
+
+# Filters, stride, padding, dilation and groups of the convolutions that the CPU kernels serve.
+_SERVED = {
+    (kernel, stride, padding, (1, 1), 1)
+    for kernel, padding in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
+    for stride in ((1, 1), (2, 2))
+}
+
+
 def cpu_problem(
     x: Tensor,
     weight: Tensor,
@@ -38,20 +51,21 @@ def cpu_problem(
     groups: int,
 ) -> str | None:
     """Why the CPU kernels cannot serve this convolution, or None."""
+    kernel = tuple(weight.shape[2:])
+    served = (kernel, tuple(stride), tuple(padding), tuple(dilation), groups) in _SERVED
+    if served and x.dtype is torch.float32 and x.device.type == "cpu" and _extension.CPU_ERROR is None:
+        return None
     if _extension.CPU_ERROR is not None:
         return f"is not available: {_extension.CPU_ERROR}"
     if x.device.type != "cpu":
         return f"needs tensors on the CPU, got x on {x.device}"
     if x.dtype != torch.float32:
         return f"computes in torch.float32, got x of {x.dtype}"
-    kernel = tuple(weight.shape[2:])
     if (kernel, tuple(padding)) not in {((3, 3), (1, 1)), ((1, 1), (0, 0))}:
         return f"serves 3x3 filters with padding 1 and 1x1 with padding 0, got {kernel} with padding {tuple(padding)}"
     if tuple(stride) not in {(1, 1), (2, 2)}:
         return f"serves strides 1 and 2, got {tuple(stride)}"
-    if tuple(dilation) != (1, 1) or groups != 1:
-        return f"serves dilation 1 and groups 1, got dilation {tuple(dilation)} and groups {groups}"
-    return None
+    return f"serves dilation 1 and groups 1, got dilation {tuple(dilation)} and groups {groups}"
 
 
 def choose(
@@ -66,7 +80,8 @@ def choose(
     """The backend for this call of a kernel; looks at shapes, strides, dtypes and devices, never at values."""
     if cpu_problem(x, weight, stride, padding, dilation, groups) is not None:
         return Choice("dense", 1.0)
-    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
+    samples, _, height, width = x.shape
+    pixels = samples * -(-height // stride[0]) * -(-width // stride[1])
     if torch.compiler.is_compiling() or not isinstance(pixels, int):
         pixels = 1 << 20  # one graph for batches of any size: take them for large ones
     threshold = next(density for most, density in CPU_THRESHOLDS[kernel] if pixels <= most)

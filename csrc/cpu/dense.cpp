@@ -77,11 +77,11 @@ void finish(Tensor& y, const MaybeTensor& residual, const MaybeTensor& mask, boo
   STD_TORCH_CHECK(!mask || mask->numel() == N * C, "a mask has a decision for every channel of every sample");
   if (y.numel() == 0) return;
   const bool planes = y.is_contiguous();
-  const int64_t rows = planes ? C : pixels, columns = planes ? pixels : C, step = std::max<int64_t>(kPassFloats / columns, 1);
+  const int64_t rows = planes ? C : pixels, columns = planes ? pixels : C;
+  const int64_t step = std::max<int64_t>(kPassFloats / columns, 1), items = ceil_div(rows, step);
   float* to = y.mutable_data_ptr<float>();
   const float* skip = floats(residual);
   const bool* decisions = mask ? mask->const_data_ptr<bool>() : nullptr;
-  const int64_t items = ceil_div(rows, step);
   torch::stable::parallel_for(0, N * items, 1, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> open(decisions && !planes ? C : 0);
     for (int64_t item = begin; item < end; ++item) {
@@ -118,10 +118,10 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, 
   return Tensor(y);
 }
 
-// Images in the layout in which the convolution is the faster one. It converts the smaller of images and weights:
-// channels-last images take their filters along, which on small batches are the larger part.
-Tensor in_best_layout(const Tensor& x, int64_t weights) {
-  return x.numel() < weights ? in_layout(x, MemoryFormat::Contiguous) : x;
+// Images in the layout in which the convolution is the faster one: channels-last images take their filters along, which
+// costs more than it gains where a batch has few pixels. Converting pays for `so_many` times as many weights as images.
+Tensor in_best_layout(const Tensor& x, int64_t weights, int64_t so_many) {
+  return so_many * x.numel() < weights ? in_layout(x, MemoryFormat::Contiguous) : x;
 }
 
 }  // namespace
@@ -133,7 +133,7 @@ bool too_dense(const MaybeTensor& mask, double threshold) {
 
 Tensor dense_conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& in_mask,
                     const MaybeTensor& out_mask, int64_t stride, MemoryFormat format) {
-  Tensor images = in_best_layout(x, weight.numel());
+  Tensor images = in_best_layout(x, weight.numel(), 6);
   if (const MaybeTensor closed = closing(in_mask)) {
     images = in_layout(images, layout_like(images));
     if (images.const_data_ptr() == x.const_data_ptr()) images = torch::stable::clone(images);
@@ -147,7 +147,7 @@ Tensor dense_conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& bi
 Tensor dense_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2,
                    const MaybeTensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride,
                    MemoryFormat format) {
-  Tensor hidden = convolve(in_best_layout(x, weight1.numel() + weight2.numel()), weight1, bias1, stride);
+  Tensor hidden = convolve(in_best_layout(x, weight1.numel() + weight2.numel(), 4), weight1, bias1, stride);
   finish(hidden, std::nullopt, closing(mask), true);
   Tensor y = convolve(hidden, weight2, bias2, 1);
   const MaybeTensor skip = residual ? MaybeTensor(in_layout(*residual, layout_like(y))) : residual;

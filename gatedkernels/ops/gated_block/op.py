@@ -10,8 +10,13 @@ from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._arguments import in_best_layout
 from gatedkernels.ops._backends import ALWAYS, Backend, require
+from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._select import select_
 from gatedkernels.ops.gated_block.reference import gated_block_reference
+
+
+_run_cpu = torch.ops.gatedkernels.gated_block_cpu.default
+_KNOWN = KnownCalls(_run_cpu)
 
 
 def _launch_dense(
@@ -45,8 +50,7 @@ def _launch_cpu(
     problem = policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1)
     if problem:
         raise ValueError(f"backend 'cpu' {problem}")
-    operator = torch.ops.gatedkernels.gated_block_cpu.default
-    return operator(x, weight1, bias1, weight2, bias2, mask, residual, stride[0], threshold)
+    return _run_cpu(x, weight1, bias1, weight2, bias2, mask, residual, stride[0], threshold)
 
 
 LAUNCHERS: dict[str, Callable[..., Tensor]] = {
@@ -159,6 +163,11 @@ def gated_block(
         ValueError: If shapes or devices disagree, or the backend cannot serve this call.
         TypeError: If dtypes disagree, or the mask is not bool.
     """
+    given = x, weight1, bias1, weight2, bias2, mask, residual
+    options = stride, group, backend
+    y = _KNOWN.run(given, options)
+    if y is not None:
+        return y
     arguments.check_images("x", x)
     x, weight1, bias1, weight2, bias2, residual = arguments.autocast(  # type: ignore[assignment]
         x, weight1, bias1, weight2, bias2, residual
@@ -182,7 +191,10 @@ def gated_block(
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
     if served == "cpu" and not arguments.recorded(x, weight1, bias1, weight2, bias2, residual):
-        return _launch_cpu(x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold)
+        y = _launch_cpu(x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold)
+        if group == 1:
+            _KNOWN.note(given, options, strides[0], threshold)
+        return y
     return torch.ops.gatedkernels.gated_block.default(
         x, weight1, bias1, weight2, bias2, mask, residual, strides, served, threshold
     )
