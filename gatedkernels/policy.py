@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gatedkernels import _extension
+from gatedkernels import _extension, thresholds
 
 
 class Choice(NamedTuple):
@@ -21,17 +21,48 @@ class Choice(NamedTuple):
 # dense call from the same weights. For each kernel rows of (output pixels of the whole batch up to which the row holds,
 # density): the fewer pixels use a weight, the less packing it pays. docs/performance.md tells how they were measured.
 CPU_THRESHOLDS: dict[str, tuple[tuple[float, float], ...]] = {
-    "conv_out": ((16, 0.45), (64, 0.5), (1024, 0.75), (math.inf, 0.8)),
-    "conv_in": ((16, 0.0), (64, 0.2), (256, 0.3), (1024, 0.6), (math.inf, 0.75)),
-    "gated_block": ((16, 0.0), (64, 0.25), (256, 0.4), (1024, 0.7), (math.inf, 0.8)),
+    "conv_out 3x3": ((64, 0.75), (math.inf, 0.85)),
+    "conv_out 1x1": ((16, 0.3), (math.inf, 0.4)),
+    "conv_in 3x3": ((16, 0.2), (64, 0.5), (256, 0.55), (math.inf, 0.85)),
+    "conv_in 3x3, large": ((256, 0.0), (math.inf, 0.75)),
+    "conv_in 1x1": ((256, 0.1), (1024, 0.5), (math.inf, 0.7)),
+    "gated_block 3x3": ((16, 0.35), (256, 0.55), (math.inf, 0.85)),
+    "gated_block 3x3, large": ((256, 0.0), (math.inf, 0.75)),
 }
-# Other layouts than channels-last are converted first.
-CPU_CONVERTED_THRESHOLD = 0.65
+# Images that are not channels-last, or their results, are converted: no threshold is higher then.
+CPU_CONVERTED = {"conv_out 3x3": 0.8, "conv_out 1x1": 0.15, "conv_in 3x3": 0.75, "conv_in 1x1": 0.45, "gated_block 3x3": 0.7}
+# Weights that packing fetches from beyond a core's caches.
+_LARGE = 1 << 20
+
+
+# What `gatedkernels.calibrate` measured, by the number of threads; read when it is first asked for.
+_measured: dict[int, thresholds.Table] = {}
+_version = 0
 
 
 def version() -> int:
-    """Changes whenever `choose` may answer another way than before."""
-    return 0
+    """Changes whenever `choose` may answer in another way than before."""
+    return _version
+
+
+def forget() -> None:
+    """Read measured thresholds again."""
+    global _version
+    _measured.clear()
+    _version += 1
+
+
+def measured(threads: int) -> thresholds.Table:
+    """The thresholds that were measured on this machine with so many threads."""
+    if threads not in _measured:
+        _measured[threads] = thresholds.load(threads)
+    return _measured[threads]
+
+
+def in_effect() -> dict[str, Any]:
+    """What decides who serves a call, for records: JSON-able."""
+    threads = torch.get_num_threads()
+    return {"threads": threads, "shipped": CPU_THRESHOLDS, "converted": CPU_CONVERTED, "measured": measured(threads)}
 
 
 # Filters, stride, padding, dilation and groups of the convolutions that the CPU kernels serve.
@@ -82,12 +113,19 @@ def choose(
         return Choice("dense", 1.0)
     samples, _, height, width = x.shape
     pixels = samples * -(-height // stride[0]) * -(-width // stride[1])
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if torch.compiler.is_compiling() or not isinstance(pixels, int):
         pixels = 1 << 20  # one graph for batches of any size: take them for large ones
-    threshold = next(density for most, density in CPU_THRESHOLDS[kernel] if pixels <= most)
-    if kernel != "conv_in" and not x.is_contiguous(memory_format=torch.channels_last):
-        threshold = min(threshold, CPU_CONVERTED_THRESHOLD)
-    return Choice("cpu", threshold)
+    elif table := measured(torch.get_num_threads()):
+        kind, channels = thresholds.kind(kernel, weight, channels_last), thresholds.channel_class(weight)
+        known = thresholds.find(table, kind, channels, thresholds.pixel_class(pixels))
+        if known is not None:
+            return Choice("cpu", known)
+    name = f"{kernel} {weight.shape[-1]}x{weight.shape[-1]}"
+    large = f"{name}, large"
+    rows = CPU_THRESHOLDS[large if weight.numel() > _LARGE and large in CPU_THRESHOLDS else name]
+    threshold = next(density for most, density in rows if pixels <= most)
+    return Choice("cpu", threshold if channels_last else min(threshold, CPU_CONVERTED[name]))
 
 
 # The same for linear layers: rows of (tokens of one mask up to which the row holds, part of the work). For one token

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 INSTALLED_AS = {"models": "gatedkernels.models", "training": "gatedkernels.training"}
 OURS = {"gatedkernels", "models", "training", "bench", "tests", "<outside>"}
-BASE = {"gatedkernels._extension", "gatedkernels._schemas", "gatedkernels.policy", "gatedkernels.ops"}
+BASE = {f"gatedkernels.{name}" for name in ("_extension", "_schemas", "thresholds", "policy", "ops")}
 
 HEAVY = ["triton", "lightning", "pytorch_lightning", "matplotlib", "torchvision", "sklearn", "onnxruntime", "openvino"]
 
@@ -43,7 +43,9 @@ PUBLIC = {
 MAY_IMPORT: dict[str, set[str]] = {
     "gatedkernels/_schemas.py": set(),
     "gatedkernels/_extension.py": {"gatedkernels._schemas"},
-    "gatedkernels/policy.py": {"gatedkernels._extension"},
+    "gatedkernels/thresholds.py": {"gatedkernels._extension"},
+    "gatedkernels/policy.py": {"gatedkernels._extension", "gatedkernels.thresholds"},
+    "gatedkernels/calibration.py": {"gatedkernels.reporting.timing", *BASE},
     "gatedkernels/ops": BASE,
     "gatedkernels/nn": {"gatedkernels.nn", "gatedkernels.ops"},
     "gatedkernels/inference.py": {"gatedkernels.nn", *BASE, *PUBLIC},

@@ -51,23 +51,30 @@ bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+GK_INLINE void finish_quad(float* y, const float* residual, const int32_t* open, bool relu) {
+  Quad v = load<4>(y);
+  if (residual) v += load<4>(residual);
+  if (relu) v = v < Quad{} ? Quad{} : v;  // NaN stays
+  if (open) {
+    Bits bits;
+    std::memcpy(&bits, open, sizeof bits);
+    v = reinterpret_cast<Quad>(reinterpret_cast<Bits>(v) & bits);
+  }
+  store<4>(y, v);
+}
+
+template <bool kResidual, bool kOpen>
 void finish_row(float* y, const float* residual, const int32_t* open, bool relu, int64_t count) {
-  const Quad zero = {};
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    Quad v = load<4>(y + i);
-    if (residual) v += load<4>(residual + i);
-    if (relu) v = v < zero ? zero : v;  // NaN stays
-    if (open) {
-      Bits bits;
-      std::memcpy(&bits, open + i, sizeof bits);
-      v = reinterpret_cast<Quad>(reinterpret_cast<Bits>(v) & bits);
+  for (; i + 16 <= count; i += 16) {
+#pragma GCC unroll 4
+    for (int64_t j = i; j < i + 16; j += 4) {
+      finish_quad(y + j, kResidual ? residual + j : nullptr, kOpen ? open + j : nullptr, relu);
     }
-    store<4>(y + i, v);
   }
   for (; i < count; ++i) {
-    const float v = residual ? y[i] + residual[i] : y[i];
-    y[i] = (relu && v < 0) || (open && !open[i]) ? 0.0f : v;
+    const float v = kResidual ? y[i] + residual[i] : y[i];
+    y[i] = (relu && v < 0) || (kOpen && !open[i]) ? 0.0f : v;
   }
 }
 
@@ -82,8 +89,11 @@ void finish(Tensor& y, const MaybeTensor& residual, const MaybeTensor& mask, boo
   float* to = y.mutable_data_ptr<float>();
   const float* skip = floats(residual);
   const bool* decisions = mask ? mask->const_data_ptr<bool>() : nullptr;
+  const bool by_column = decisions && !planes;
+  const auto run = by_column ? (skip ? finish_row<true, true> : finish_row<false, true>)
+                             : (skip ? finish_row<true, false> : finish_row<false, false>);
   torch::stable::parallel_for(0, N * items, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> open(decisions && !planes ? C : 0);
+    std::vector<int32_t> open(by_column ? C : 0);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / items, first = item % items * step, last = std::min(first + step, rows);
       const bool* decided = decisions ? decisions + n * C : nullptr;
@@ -93,7 +103,7 @@ void finish(Tensor& y, const MaybeTensor& residual, const MaybeTensor& mask, boo
         if (planes && decided && !decided[row]) {
           std::memset(to + at, 0, columns * sizeof(float));
         } else {
-          finish_row(to + at, skip ? skip + at : nullptr, open.empty() ? nullptr : open.data(), relu, columns);
+          run(to + at, skip ? skip + at : nullptr, open.data(), relu, columns);
         }
       }
     }
@@ -133,7 +143,7 @@ bool too_dense(const MaybeTensor& mask, double threshold) {
 
 Tensor dense_conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& in_mask,
                     const MaybeTensor& out_mask, int64_t stride, MemoryFormat format) {
-  Tensor images = in_best_layout(x, weight.numel(), 6);
+  Tensor images = in_best_layout(x, weight.numel(), 5);
   if (const MaybeTensor closed = closing(in_mask)) {
     images = in_layout(images, layout_like(images));
     if (images.const_data_ptr() == x.const_data_ptr()) images = torch::stable::clone(images);
