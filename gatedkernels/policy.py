@@ -30,7 +30,13 @@ CPU_THRESHOLDS: dict[str, tuple[tuple[float, float], ...]] = {
     "gated_block 3x3, large": ((256, 0.0), (math.inf, 0.75)),
 }
 # Images that are not channels-last, or their results, are converted: no threshold is higher then.
-CPU_CONVERTED = {"conv_out 3x3": 0.8, "conv_out 1x1": 0.15, "conv_in 3x3": 0.75, "conv_in 1x1": 0.45, "gated_block 3x3": 0.7}
+CPU_CONVERTED = {
+    "conv_out 3x3": 0.8,
+    "conv_out 1x1": 0.15,
+    "conv_in 3x3": 0.75,
+    "conv_in 1x1": 0.45,
+    "gated_block 3x3": 0.7,
+}
 # Weights that packing fetches from beyond a core's caches.
 _LARGE = 1 << 20
 
@@ -60,9 +66,13 @@ def measured(threads: int) -> thresholds.Table:
 
 
 def in_effect() -> dict[str, Any]:
-    """What decides who serves a call, for records: JSON-able."""
+    """The thresholds that decide who serves a call, JSON-able: same thresholds, same bits."""
     threads = torch.get_num_threads()
-    return {"threads": threads, "shipped": CPU_THRESHOLDS, "converted": CPU_CONVERTED, "measured": measured(threads)}
+    shipped = {
+        name: [[density, None if math.isinf(most) else most] for most, density in rows]
+        for name, rows in CPU_THRESHOLDS.items()
+    }
+    return {"threads": threads, "shipped": shipped, "converted": CPU_CONVERTED, "measured": measured(threads)}
 
 
 # Filters, stride, padding, dilation and groups of the convolutions that the CPU kernels serve.
