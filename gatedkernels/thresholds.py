@@ -68,7 +68,7 @@ def find(table: Table, kind_: str, channels: int, pixels: int) -> float | None:
 
 
 def load(threads: int) -> Table:
-    """The thresholds that were measured on this machine with so many threads; of a damaged file none, with a warning."""
+    """The thresholds measured on this machine with so many threads; of a damaged file none, with a warning."""
     file = path()
     try:
         content = _read(file)

@@ -110,7 +110,7 @@ def test_a_newer_file_is_left_alone(file: Path):
 
 def test_a_folder_that_cannot_be_written(file: Path):
     file.parent.write_text("a file where the folder should be")
-    with pytest.raises(OSError, match="cannot be written to .*folder.*set GATEDKERNELS_CACHE"):
+    with pytest.raises(OSError, match=r"cannot be written to .*folder.*set GATEDKERNELS_CACHE"):
         thresholds.save(TABLE, 2)
     with pytest.warns(RuntimeWarning, match="it is ignored"):
         assert thresholds.load(2) == {}

@@ -54,7 +54,7 @@ class _SaveEveryEpoch(Callback):
     ) -> None:
         """Say so if they are others now."""
         if checkpoint.get("thresholds", policy.in_effect()) != policy.in_effect():
-            warnings.warn("other thresholds, or threads, than in the checkpoint: losses may differ by rounding", stacklevel=2)
+            warnings.warn("thresholds or threads differ from the checkpoint's: losses may, by rounding", stacklevel=2)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what the epoch learned."""

@@ -5,8 +5,8 @@
 
 namespace gatedkernels {
 
-// Whether more than a part `threshold` of the decisions is open, so that the dense way is the faster one. Without a mask
-// all are; no mask exceeds a threshold of 1.
+// Whether more than a part `threshold` of the decisions is open, so that the dense way is the faster one. Without a
+// mask all are; nothing exceeds a threshold of 1.
 bool too_dense(const MaybeTensor& mask, double threshold);
 
 // The operators of the same names on float32 tensors, in the dense way; results are in the given layout.

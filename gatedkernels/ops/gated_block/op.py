@@ -14,7 +14,6 @@ from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._select import select_
 from gatedkernels.ops.gated_block.reference import gated_block_reference
 
-
 _run_cpu = torch.ops.gatedkernels.gated_block_cpu.default
 _KNOWN = KnownCalls(_run_cpu)
 
