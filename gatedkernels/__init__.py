@@ -14,6 +14,7 @@ from gatedkernels.ops import conv_in, conv_out, gated_block, gated_conv2d, gated
 
 if TYPE_CHECKING:
     from gatedkernels import models, nn
+    from gatedkernels.calibration import calibrate
     from gatedkernels.inference import optimize
     from gatedkernels.models import gate
     from gatedkernels.reporting.report import report
@@ -25,6 +26,7 @@ __all__ = [
     "Gate",
     "GatedConv2d",
     "GatedLinear",
+    "calibrate",
     "conv_in",
     "conv_out",
     "count_flops",
@@ -41,7 +43,12 @@ __all__ = [
 ]
 
 # Loaded when first asked for: they build on the names above.
-_LAZY = {"gate": "gatedkernels.models", "optimize": "gatedkernels.inference", "report": "gatedkernels.reporting"}
+_LAZY = {
+    "calibrate": "gatedkernels.calibration",
+    "gate": "gatedkernels.models",
+    "optimize": "gatedkernels.inference",
+    "report": "gatedkernels.reporting",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,16 @@ def find(name: str) -> Path | None:
     return next((folder / file for folder in folders if (folder / file).is_file()), None)
 
 
+def instruction_set() -> str | None:
+    """The instruction set that the compiled CPU kernels chose, or None where there are none."""
+    path = find("_cpu")
+    if CPU_ERROR is not None or path is None:
+        return None
+    library = ctypes.CDLL(str(path))
+    library.gatedkernels_cpu_isa.restype = ctypes.c_char_p
+    return library.gatedkernels_cpu_isa().decode()
+
+
 def _load(name: str) -> str | None:
     """Load one library; return why it is not there, or None."""
     path = find(name)

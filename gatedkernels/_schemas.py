@@ -32,12 +32,13 @@ SCHEMAS = (
     "plan_cuda(Tensor mask) -> (Tensor, Tensor)",
     "conv_out_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor count, int stride, bool relu) -> Tensor",
     "conv_in_cpu(Tensor packed, Tensor weight, Tensor? bias, Tensor index, Tensor count, int stride) -> Tensor",
-    "gated_conv2d_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask, int stride) -> Tensor",
+    "gated_conv2d_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask, SymInt stride,"
+    " float threshold=2.0) -> Tensor",
     "gated_linear_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask) -> Tensor",
     "gated_conv2d_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask,"
     " int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     "gated_block_cpu(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
-    " Tensor? residual, int stride) -> Tensor",
+    " Tensor? residual, SymInt stride, float threshold=2.0) -> Tensor",
     "gated_conv2d_backward_cpu(Tensor dy, Tensor x, Tensor weight, Tensor? in_mask, Tensor? out_mask, int stride,"
     " bool dense_input_grad, bool input, bool filters) -> (Tensor, Tensor)",
     "gated_block_kept_cpu(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"

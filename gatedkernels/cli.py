@@ -1,4 +1,4 @@
-"""The ``gatedkernels`` command: demo, train, evaluate, masks, report, doctor."""
+"""The ``gatedkernels`` command: demo, train, evaluate, masks, report, calibrate, doctor."""
 
 import inspect
 from collections.abc import Iterator
@@ -192,6 +192,30 @@ def report(
     from gatedkernels.reporting import command
 
     command.report(run, device=device, batch_sizes=batch_sizes)
+
+
+@app.command()
+def calibrate(
+    channels: Annotated[list[int] | None, typer.Option(min=1, help="Channels to measure, one or several.")] = None,
+    pixels: Annotated[list[int] | None, typer.Option(min=1, help="Output pixels of a batch, one or several.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to measure with and for.")] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds for each of some two hundred classes of calls.")] = 0.2,
+) -> None:
+    """Measure up to which density the gated kernels beat dense ones here, and use that from now on."""
+    from gatedkernels import calibration, thresholds
+
+    try:
+        calibration.calibrate(
+            channels=channels or calibration.CHANNELS,
+            pixels=pixels or calibration.PIXELS,
+            threads=threads,
+            seconds=seconds,
+            progress=typer.echo,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"Written to {thresholds.path()}")
 
 
 @app.command()

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gatedkernels import _extension
+from gatedkernels import _extension, thresholds
 
 
 class Choice(NamedTuple):
@@ -21,16 +21,77 @@ class Choice(NamedTuple):
 # dense call from the same weights. For each kernel rows of (output pixels of the whole batch up to which the row holds,
 # density): the fewer pixels use a weight, the less packing it pays. docs/performance.md tells how they were measured.
 CPU_THRESHOLDS: dict[str, tuple[tuple[float, float], ...]] = {
-    "conv_out": ((16, 0.45), (64, 0.5), (1024, 0.75), (math.inf, 0.8)),
-    "conv_in": ((16, 0.0), (64, 0.2), (256, 0.3), (1024, 0.6), (math.inf, 0.75)),
-    "gated_block": ((16, 0.0), (64, 0.25), (256, 0.4), (1024, 0.7), (math.inf, 0.8)),
+    "conv_out 3x3": ((64, 0.75), (math.inf, 0.85)),
+    "conv_out 1x1": ((16, 0.3), (math.inf, 0.4)),
+    "conv_in 3x3": ((16, 0.2), (64, 0.5), (256, 0.55), (math.inf, 0.85)),
+    "conv_in 3x3, large": ((256, 0.0), (math.inf, 0.75)),
+    "conv_in 1x1": ((256, 0.1), (1024, 0.5), (math.inf, 0.7)),
+    "gated_block 3x3": ((16, 0.35), (256, 0.55), (math.inf, 0.85)),
+    "gated_block 3x3, large": ((256, 0.0), (math.inf, 0.75)),
     # The backward of a convolution; and a block with its backward, which are served by the same.
-    "conv_out_backward": ((16, 0.6), (64, 0.7), (math.inf, 0.75)),
-    "conv_in_backward": ((16, 0.5), (64, 0.6), (math.inf, 0.75)),
-    "gated_block_training": ((16, 0.0), (64, 0.4), (200, 0.85), (math.inf, 1.0)),
+    "conv_out_backward 3x3": ((16, 0.6), (64, 0.7), (math.inf, 0.75)),
+    "conv_out_backward 1x1": ((16, 0.6), (64, 0.7), (math.inf, 0.75)),
+    "conv_in_backward 3x3": ((16, 0.5), (64, 0.6), (math.inf, 0.75)),
+    "conv_in_backward 1x1": ((16, 0.5), (64, 0.6), (math.inf, 0.75)),
+    "gated_block_training 3x3": ((16, 0.0), (64, 0.4), (200, 0.85), (math.inf, 1.0)),
 }
-# Other layouts than channels-last are converted first.
-CPU_CONVERTED_THRESHOLD = 0.65
+# Images that are not channels-last, or their results, are converted: no threshold is higher then.
+CPU_CONVERTED = {
+    "conv_out 3x3": 0.8,
+    "conv_out 1x1": 0.15,
+    "conv_in 3x3": 0.75,
+    "conv_in 1x1": 0.45,
+    "gated_block 3x3": 0.7,
+    "conv_out_backward 3x3": 0.65,
+    "conv_out_backward 1x1": 0.65,
+    "conv_in_backward 3x3": 0.65,
+    "conv_in_backward 1x1": 0.65,
+    "gated_block_training 3x3": 0.65,
+}
+# Weights that packing fetches from beyond a core's caches.
+_LARGE = 1 << 20
+
+
+# What `gatedkernels.calibrate` measured, by the number of threads; read when it is first asked for.
+_measured: dict[int, thresholds.Table] = {}
+_version = 0
+
+
+def version() -> int:
+    """Changes whenever `choose` may answer in another way than before."""
+    return _version
+
+
+def forget() -> None:
+    """Read measured thresholds again."""
+    global _version
+    _measured.clear()
+    _version += 1
+
+
+def measured(threads: int) -> thresholds.Table:
+    """The thresholds that were measured on this machine with so many threads."""
+    if threads not in _measured:
+        _measured[threads] = thresholds.load(threads)
+    return _measured[threads]
+
+
+def in_effect() -> dict[str, Any]:
+    """The thresholds that decide who serves a call, JSON-able: same thresholds, same bits."""
+    threads = torch.get_num_threads()
+    shipped = {
+        name: [[density, None if math.isinf(most) else most] for most, density in rows]
+        for name, rows in CPU_THRESHOLDS.items()
+    }
+    return {"threads": threads, "shipped": shipped, "converted": CPU_CONVERTED, "measured": measured(threads)}
+
+
+# Filters, stride, padding, dilation and groups of the convolutions that the CPU kernels serve.
+_SERVED = {
+    (kernel, stride, padding, (1, 1), 1)
+    for kernel, padding in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
+    for stride in ((1, 1), (2, 2))
+}
 
 
 def cpu_problem(
@@ -42,20 +103,21 @@ def cpu_problem(
     groups: int,
 ) -> str | None:
     """Why the CPU kernels cannot serve this convolution, or None."""
+    kernel = tuple(weight.shape[2:])
+    served = (kernel, tuple(stride), tuple(padding), tuple(dilation), groups) in _SERVED
+    if served and x.dtype is torch.float32 and x.device.type == "cpu" and _extension.CPU_ERROR is None:
+        return None
     if _extension.CPU_ERROR is not None:
         return f"is not available: {_extension.CPU_ERROR}"
     if x.device.type != "cpu":
         return f"needs tensors on the CPU, got x on {x.device}"
     if x.dtype != torch.float32:
         return f"computes in torch.float32, got x of {x.dtype}"
-    kernel = tuple(weight.shape[2:])
     if (kernel, tuple(padding)) not in {((3, 3), (1, 1)), ((1, 1), (0, 0))}:
         return f"serves 3x3 filters with padding 1 and 1x1 with padding 0, got {kernel} with padding {tuple(padding)}"
     if tuple(stride) not in {(1, 1), (2, 2)}:
         return f"serves strides 1 and 2, got {tuple(stride)}"
-    if tuple(dilation) != (1, 1) or groups != 1:
-        return f"serves dilation 1 and groups 1, got dilation {tuple(dilation)} and groups {groups}"
-    return None
+    return f"serves dilation 1 and groups 1, got dilation {tuple(dilation)} and groups {groups}"
 
 
 def choose(
@@ -70,13 +132,21 @@ def choose(
     """The backend for this call of a kernel; looks at shapes, strides, dtypes and devices, never at values."""
     if cpu_problem(x, weight, stride, padding, dilation, groups) is not None:
         return Choice("dense", 1.0)
-    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
+    samples, _, height, width = x.shape
+    pixels = samples * -(-height // stride[0]) * -(-width // stride[1])
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if torch.compiler.is_compiling() or not isinstance(pixels, int):
         pixels = 1 << 20  # one graph for batches of any size: take them for large ones
-    threshold = next(density for most, density in CPU_THRESHOLDS[kernel] if pixels <= most)
-    if kernel != "conv_in" and not x.is_contiguous(memory_format=torch.channels_last):
-        threshold = min(threshold, CPU_CONVERTED_THRESHOLD)
-    return Choice("cpu", threshold)
+    elif table := measured(torch.get_num_threads()):
+        kind, channels = thresholds.kind(kernel, weight, channels_last), thresholds.channel_class(weight)
+        known = thresholds.find(table, kind, channels, thresholds.pixel_class(pixels))
+        if known is not None:
+            return Choice("cpu", known)
+    name = f"{kernel} {weight.shape[-1]}x{weight.shape[-1]}"
+    large = f"{name}, large"
+    rows = CPU_THRESHOLDS[large if weight.numel() > _LARGE and large in CPU_THRESHOLDS else name]
+    threshold = next(density for most, density in rows if pixels <= most)
+    return Choice("cpu", threshold if channels_last else min(threshold, CPU_CONVERTED[name]))
 
 
 # The same for linear layers: rows of (tokens of one mask up to which the row holds, part of the work). For one token

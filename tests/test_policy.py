@@ -1,13 +1,16 @@
 """The policy decides from static facts: shapes, strides, dtypes, devices."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gatedkernels import _extension, policy
+from gatedkernels import _extension, policy, thresholds
 
 DENSE = policy.Choice("dense", 1.0)
+KERNELS = ("conv_out", "conv_in", "gated_block")
 needs_cpu = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
 
 
@@ -21,16 +24,18 @@ def choose(kernel: str = "conv_out", n: int = 4, side: int = 3, device: str = "c
 
 
 @needs_cpu
-@pytest.mark.parametrize("kernel", policy.CPU_THRESHOLDS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("side", [1, 3])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_kernels_serve_what_they_can(kernel: str, side: int, stride: int):
+    if (kernel, side) == ("gated_block", 1):
+        pytest.skip("a block has filters of 3x3")
     choice = choose(kernel, side=side, stride=stride)
     assert choice.backend == "cpu"
     assert 0 <= choice.threshold < 1
 
 
-@pytest.mark.parametrize("kernel", policy.CPU_THRESHOLDS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     "change",
     [
@@ -49,17 +54,51 @@ def test_dense_serves_the_rest(kernel: str, change: dict[str, Any]):
     assert choose(kernel, **change) == DENSE
 
 
-@pytest.mark.parametrize("kernel", policy.CPU_THRESHOLDS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_dense_serves_without_the_library(kernel: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_extension, "CPU_ERROR", "not built")
     assert choose(kernel) == DENSE
 
 
 @needs_cpu
-@pytest.mark.parametrize("kernel", policy.CPU_THRESHOLDS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_more_pixels_for_each_weight_pay_more(kernel: str):
     thresholds = [choose(kernel, n=n).threshold for n in (0, 1, 2, 4, 64, 1024)]
     assert thresholds == sorted(thresholds)
+
+
+@needs_cpu
+def test_layouts_that_are_converted_pay_less():
+    weight = torch.empty(64, 64, 3, 3)
+    x = torch.empty(4, 64, 16, 16)
+    rest = weight, (1, 1), (1, 1), (1, 1), 1
+    for kernel in KERNELS:
+        last = policy.choose(kernel, x.contiguous(memory_format=torch.channels_last), *rest)
+        assert policy.choose(kernel, x, *rest).threshold < last.threshold
+
+
+@needs_cpu
+def test_large_weights_pay_less():
+    x, small, large = torch.empty(1, 8, 8, 8), torch.empty(8, 8, 3, 3), torch.empty(1 << 15, 8, 3, 3)
+    choices = [policy.choose("conv_in", x, weight, (1, 1), (1, 1), (1, 1), 1) for weight in (large, small)]
+    assert choices[0].threshold < choices[1].threshold
+
+
+@needs_cpu
+def test_what_was_measured_comes_before_what_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(thresholds.FOLDER_VARIABLE, str(tmp_path))
+    policy.forget()
+    before = choose("conv_out").threshold
+    thresholds.save({"conv_out 3x3 float32 converted": {8: {1024: 0.123}}}, torch.get_num_threads())
+    assert choose("conv_out").threshold == before  # read once
+    policy.forget()
+    assert choose("conv_out") == policy.Choice("cpu", 0.123)
+    assert choose("conv_in").threshold != 0.123
+    assert policy.in_effect()["measured"]["conv_out 3x3 float32 converted"] == {8: {1024: 0.123}}
+    json.dumps(policy.in_effect(), allow_nan=False)
+    monkeypatch.undo()
+    policy.forget()
+    assert choose("conv_out").threshold == before
 
 
 def choose_linear(shape: tuple[int, ...], masks: str, by_token: bool = False, **change: Any) -> policy.Choice:

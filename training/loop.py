@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gatedkernels import policy
 from gatedkernels.training.augment import VIEWS, EpochSampler, Views
 from gatedkernels.training.config import TrainConfig
 from gatedkernels.training.data import Data
@@ -41,6 +42,19 @@ class _SaveEveryEpoch(Callback):
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Count on from the checkpoint's seconds."""
         self.start = time.monotonic() - state_dict["seconds"]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Record which densities decide between kernels: with others a run goes on to other roundings."""
+        checkpoint["thresholds"] = policy.in_effect()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so if they are others now."""
+        if checkpoint.get("thresholds", policy.in_effect()) != policy.in_effect():
+            warnings.warn("thresholds or threads differ from the checkpoint's: losses may, by rounding", stacklevel=2)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what the epoch learned."""

@@ -5,6 +5,7 @@
 
 #include "block.h"
 #include "cpu/bring.h"
+#include "dense.h"
 #include "gradients.h"
 #include "queue.h"
 #include "strips.h"
@@ -255,8 +256,12 @@ Tensor functional_block(const Tensor& x, const Tensor& weight1, const MaybeTenso
 }  // namespace
 
 Tensor gated_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2,
-                   const MaybeTensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride) {
-  return functional_block(x, weight1, bias1, weight2, bias2, mask, residual, stride, std::nullopt);
+                   const MaybeTensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride,
+                   double threshold) {
+  check_float(x, 4), check_float(weight1, 4), check_float(weight2, 4);
+  const MemoryFormat layout = layout_like(x);
+  if (too_dense(mask, threshold)) return dense_block(x, weight1, bias1, weight2, bias2, mask, residual, stride, layout);
+  return in_layout(functional_block(x, weight1, bias1, weight2, bias2, mask, residual, stride, std::nullopt), layout);
 }
 
 std::tuple<Tensor, Tensor> gated_block_kept(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1,

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "conv.h"
+#include "dense.h"
 
 namespace gatedkernels {
 
@@ -70,10 +71,10 @@ Tensor open_channels(const Tensor& x, const MaybeTensor& in_mask) {
 }
 
 Tensor out_gated(const Tensor& x, const float* rows, int64_t K, int64_t taps, const float* bias, const Plan& plan,
-                 int64_t stride) {
+                 int64_t stride, MemoryFormat layout) {
   const Geometry size = geometry(x, taps, stride);
-  const int64_t N = x.size(0), C = x.size(1);
-  Tensor y = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
+  const int64_t N = x.size(0), C = x.size(1), pixels = int64_t{size.OH} * size.OW;
+  Tensor y = empty({N, K, size.OH, size.OW}, ScalarType::Float, layout);
   if (y.numel() == 0) return y;
   const double operations = 2.0 * static_cast<double>(taps * taps * C * size.OW * K);
   const int64_t height = band(size.OH, N, operations), bands = ceil_div(size.OH, height);
@@ -88,8 +89,20 @@ Tensor out_gated(const Tensor& x, const float* rows, int64_t K, int64_t taps, co
     std::vector<float> planes(plan.count[n] * plane);
     kernels_for(C).out_rows(conv, in + n * size.H * size.W * C, channels, plan.count[n], plan.count[n],
                             static_cast<int>(row), static_cast<int>(end), planes.data() - row * size.OW);
-    for (int64_t p = 0; p < (end - row) * size.OW; ++p) {
-      float* pixel = out + ((n * size.OH + row) * size.OW + p) * K;
+    const int64_t written = (end - row) * size.OW, from = row * size.OW;
+    if (layout == MemoryFormat::Contiguous) {
+      for (int64_t k = 0, j = 0; k < K; ++k) {
+        float* to = out + (n * K + k) * pixels + from;
+        if (j < plan.count[n] && channels[j] == k) {
+          std::memcpy(to, planes.data() + j++ * plane, written * sizeof(float));
+        } else {
+          std::memset(to, 0, written * sizeof(float));
+        }
+      }
+      return;
+    }
+    for (int64_t p = 0; p < written; ++p) {
+      float* pixel = out + (n * pixels + from + p) * K;
       std::memset(pixel, 0, K * sizeof(float));
       for (int32_t j = 0; j < plan.count[n]; ++j) pixel[channels[j]] = planes[j * plane + p];
     }
@@ -135,19 +148,24 @@ Tensor conv_out(const Tensor& given_x, const Tensor& weight, const MaybeTensor& 
 }
 
 Tensor gated_conv2d(const Tensor& given_x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& in_mask,
-                    const MaybeTensor& out_mask, int64_t stride) {
+                    const MaybeTensor& out_mask, int64_t stride, double threshold) {
   check_float(given_x, 4), check_float(weight, 4);
+  const MemoryFormat layout = layout_like(given_x);
+  if (too_dense(out_mask ? out_mask : in_mask, threshold)) {  // with both, work is saved by the output channels
+    return dense_conv2d(given_x, weight, bias, in_mask, out_mask, stride, layout);
+  }
   const MaybeTensor b = row_major(bias);
   const int64_t K = weight.size(0), taps = weight.size(2);
   if (!out_mask) {
     const std::optional<Plan> plan = in_mask ? std::optional<Plan>(*in_mask) : std::nullopt;
     const Tensor blocks = weight_blocks(weight, plan ? &*plan : nullptr);
-    return run_in(given_x, floats(blocks), floats(b), K, taps, plan ? &*plan : nullptr, true, nullptr, std::nullopt,
-                  stride, false);
+    return in_layout(run_in(given_x, floats(blocks), floats(b), K, taps, plan ? &*plan : nullptr, true, nullptr,
+                            std::nullopt, stride, false),
+                     layout);
   }
   const Plan plan(*out_mask);
   const Tensor rows = weight_rows(weight, plan);
-  return out_gated(open_channels(given_x, in_mask), floats(rows), K, taps, floats(b), plan, stride);
+  return out_gated(open_channels(given_x, in_mask), floats(rows), K, taps, floats(b), plan, stride, layout);
 }
 
 Tensor packed_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, const MaybeTensor& in_mask,

@@ -13,9 +13,9 @@ Tensor open_channels(const Tensor& x, const MaybeTensor& in_mask);
 // Rows of one item of an image, so that every thread finds several of them.
 int64_t band(int64_t height, int64_t pieces, double operations_a_row);
 
-// NHWC pixels of the output channels that the plan lists, zeros in the others; x is NHWC, rows are (K, S, S, C).
+// The output channels that the plan lists, zeros in the others; x is NHWC, rows are (K, S, S, C).
 Tensor out_gated(const Tensor& x, const float* rows, int64_t K, int64_t taps, const float* bias, const Plan& plan,
-                 int64_t stride);
+                 int64_t stride, MemoryFormat layout = MemoryFormat::ChannelsLast);
 
 // The operator, for float32 and bfloat16.
 Tensor packed_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, const MaybeTensor& in_mask,

@@ -26,4 +26,7 @@ std::tuple<Tensor, Tensor> plan(const Tensor& mask) {
 
 }  // namespace gatedkernels
 
-STABLE_TORCH_LIBRARY_IMPL(gatedkernels, CPU, m) { m.impl("plan_cpu", TORCH_BOX(&gatedkernels::plan)); }
+STABLE_TORCH_LIBRARY_IMPL(gatedkernels, CPU, m) {
+  m.impl("plan", TORCH_BOX(&gatedkernels::plan));
+  m.impl("plan_cpu", TORCH_BOX(&gatedkernels::plan));
+}

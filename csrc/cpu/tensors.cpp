@@ -27,16 +27,6 @@ Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, MemoryFormat
   return Tensor(made);
 }
 
-Tensor channels_last(const Tensor& t) {
-  bool is = true;
-  int64_t step = 1;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    is &= t.size(d) == 1 || t.stride(d) == step;
-    step *= t.size(d);
-  }
-  return is ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
-}
-
 Plan::Plan(const Tensor& mask) : samples(mask.size(0)), channels(mask.size(1)) {
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.is_cpu(), "masks are bool, on the CPU");
   const Tensor packed = row_major(mask);

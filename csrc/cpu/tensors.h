@@ -35,7 +35,11 @@ inline Tensor converted(const Tensor& t, ScalarType dtype) {
 
 inline Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline MaybeTensor row_major(const MaybeTensor& t) { return t ? MaybeTensor(row_major(*t)) : t; }
-Tensor channels_last(const Tensor& t);
+
+// The layout of a result, a function of the shape and strides of x alone: channels-last if x is that and nothing else.
+MemoryFormat layout_like(const Tensor& x);
+Tensor in_layout(const Tensor& images, MemoryFormat format);
+inline Tensor channels_last(const Tensor& t) { return in_layout(t, MemoryFormat::ChannelsLast); }
 
 inline void check_float(const Tensor& t, int64_t dims) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == dims && t.is_cpu(),

@@ -10,6 +10,8 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def pair(name: str, value: int | Sequence[int], at_least: int) -> tuple[int, int]:
     """``value`` for height and width, from one int or two."""
+    if type(value) is int and value >= at_least:
+        return value, value
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) != 2 or not all(isinstance(v, int) for v in values):
         raise TypeError(f"{name} must be an int or two ints, got {value!r}")
@@ -40,6 +42,9 @@ def check_tokens(name: str, x: Tensor) -> None:
 
 def check_like(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor) -> None:
     """A tensor of this shape, with the dtype and device of ``x``."""
+    good = isinstance(tensor, Tensor) and tensor.shape == shape and tensor.dtype is x.dtype
+    if good and tensor.device == x.device:
+        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) != tuple(shape):
@@ -62,9 +67,10 @@ def check_weight(
         raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1 or in_channels % groups or weight.shape[0] % groups:
         raise ValueError(f"groups must divide {in_channels} and {weight.shape[0]} channels, got {groups}")
-    check_like(name, weight, (weight.shape[0], in_channels // groups, *weight.shape[2:]), x)
+    filters, _, height, width = weight.shape
+    check_like(name, weight, (filters, in_channels // groups, height, width), x)
     if bias is not None:
-        check_like(bias_name, bias, (weight.shape[0],), x)
+        check_like(bias_name, bias, (filters,), x)
 
 
 def expand_mask(name: str, mask: Tensor | None, channels: int, group: int, x: Tensor) -> Tensor | None:
@@ -118,9 +124,9 @@ def output_size(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, int]:
     """Height and width of a convolution's output."""
-    height, width = (
-        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
-    )
+    (*_, H, W), (*_, R, S) = x.shape, weight.shape
+    height = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
+    width = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
     return height, width
 
 
@@ -128,7 +134,8 @@ def check_fits(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> None:
     """The window must fit into the padded image."""
-    if min(output_size(x, weight, stride, padding, dilation)) < 1:
+    height, width = output_size(x, weight, stride, padding, dilation)
+    if height < 1 or width < 1:
         raise ValueError(f"x must be at least as large as the window {tuple(weight.shape[2:])}, got {tuple(x.shape)}")
 
 
@@ -158,6 +165,11 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensor.to(dtype) if eligible else tensor  # type: ignore[union-attr]
 
     return tuple(map(cast, tensors))
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd must know what is computed from these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from gatedkernels import policy
 from gatedkernels.inference import optimize
 from gatedkernels.reporting.doctor import examine, render
 from gatedkernels.reporting.latency import latency_rows
@@ -59,7 +60,10 @@ def report(run: Path, *, device: str = "cpu", batch_sizes: Sequence[int] = (1, 1
     stem = f"latency-{device}"
     text = "\n\n".join(["# Milliseconds and FLOPs", *(table.to_markdown() for table in layers), _summary(rows)])
     try:
-        write_json(run / f"{stem}.json", {"latency": rows, "layers": [table.to_dict() for table in layers]})
+        write_json(
+            run / f"{stem}.json",
+            {"latency": rows, "layers": [table.to_dict() for table in layers], "thresholds": policy.in_effect()},
+        )
         write_atomically(run / f"{stem}.md", lambda path: path.write_text(f"{text}\n"))
         write_atomically(run / f"{stem}.png", lambda path: speedup_plot(rows, path))
     except OSError as error:

@@ -2,13 +2,14 @@
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 
 import torch
 from rich.console import Group
 from rich.table import Table
 
-from gatedkernels import _extension, policy
+from gatedkernels import _extension, policy, thresholds
 from gatedkernels.reporting.machine import cpu_name, instruction_set, versions
 
 
@@ -25,6 +26,7 @@ def examine() -> dict[str, dict[str, str]]:
         "policy of backend auto: up to which density the CPU's gated kernels serve (output pixels of the batch)": {
             kernel: _thresholds(rows) for kernel, rows in policy.CPU_THRESHOLDS.items()
         },
+        "policy of backend auto: thresholds that were measured here, which come before those": _measured(),
     }
 
 
@@ -45,6 +47,25 @@ def _thresholds(rows: Sequence[tuple[float, float]]) -> str:
     return ", ".join(
         f"{density:g} ({f'≤ {pixels:g}' if math.isfinite(pixels) else 'more'})" for pixels, density in rows
     )
+
+
+def _measured() -> dict[str, str]:
+    """Where calibration's file lies, whether it serves, and its densities by channels and pixels."""
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table = thresholds.load(threads)
+    facts = {"file": str(thresholds.path())}
+    if caught:
+        facts["problem"] = str(caught[0].message)
+    elif not table:
+        facts["state"] = f"none for this machine, {threads} threads and these versions: gatedkernels calibrate"
+    for kind, by_channels in sorted(table.items()):
+        facts[kind] = "; ".join(
+            f"{channels} channels: {', '.join(f'{row[pixels]:g} ({pixels})' for pixels in sorted(row))}"
+            for channels, row in sorted(by_channels.items())
+        )
+    return facts
 
 
 def _library(name: str, error: str | None) -> str:

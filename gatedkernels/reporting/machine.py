@@ -1,6 +1,5 @@
 """The machine: what it is, what runs on it, and how fast it can be."""
 
-import ctypes
 import platform
 from functools import lru_cache
 from importlib import metadata
@@ -9,32 +8,13 @@ from pathlib import Path
 import torch
 from torch.nn.functional import conv2d
 
-from gatedkernels import _extension
+from gatedkernels._extension import instruction_set as instruction_set
 from gatedkernels.reporting.timing import interleave
+from gatedkernels.thresholds import cpu_name as cpu_name
 
 _PROBE_SECONDS = 0.15
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-def cpu_name() -> str:
-    """The processor's own name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def instruction_set() -> str | None:
-    """The instruction set that the compiled CPU kernels chose, or None where there are none."""
-    path = _extension.find("_cpu")
-    if _extension.CPU_ERROR is not None or path is None:
-        return None
-    library = ctypes.CDLL(str(path))
-    library.gatedkernels_cpu_isa.restype = ctypes.c_char_p
-    return library.gatedkernels_cpu_isa().decode()
 
 
 def last_level_cache() -> int | None:

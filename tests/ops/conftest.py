@@ -107,3 +107,15 @@ def compare() -> Callable[..., None]:
                 _assert_within_budget(a, e, *own, name=f"gradient {i}" if i else "forward", rounding=rounding)
 
     return _compare
+
+
+@pytest.fixture(scope="session")
+def called() -> Callable[[Callable[[], Tensor]], tuple[Tensor, set[str]]]:
+    """Run a function: its result, and the names of the operators that it called."""
+
+    def run(function: Callable[[], Tensor]) -> tuple[Tensor, set[str]]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            y = function()
+        return y, {event.key for event in profile.key_averages()}
+
+    return run

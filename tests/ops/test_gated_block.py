@@ -269,22 +269,31 @@ def test_exported_with_any_batch(form: str, images):
 
 
 @needs_cpu
-@pytest.mark.parametrize(("density", "served"), [(0.5, "cpu"), (1.0, "dense")])
-def test_auto_compares_the_density(density: float, served: str, images, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(op, "LAUNCHERS", {served: op.LAUNCHERS[served]})
+@pytest.mark.parametrize("form", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("density", "dense"), [(0.5, False), (0.75, True), (1.0, True)])
+def test_auto_compares_the_density(
+    density: float, dense: bool, stride: int, form: str, images, called, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(policy, "choose", lambda *_, **__: policy.Choice("cpu", 0.7))
-    tensors = inputs((2, 6, 8, 5, 5, 5, 1), images, "contiguous", torch.float32)
+    policy.forget()
+    tensors = inputs((2, 6, 8, 5, 5, 7, stride), images, form, torch.float32)
     mask = torch.arange(8).expand(2, 8) < 8 * density
-    y = operation(mask, 1)(*tensors)
-    torch.testing.assert_close(y, definition(mask, 1)(*tensors), rtol=1e-4, atol=1e-5)
+    expected = definition(mask, stride)(*tensors)
+    for _ in range(2):  # the second call is a known one
+        y, names = called(lambda: operation(mask, stride)(*tensors))
+        assert ("aten::_convolution" in names) == dense
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        assert y.is_contiguous(memory_format=getattr(torch, f"{form}_format" if form == "contiguous" else form))
 
 
 @needs_cpu
 @pytest.mark.parametrize("backend", ["reference", "dense", "cpu"])
-def test_an_explicit_backend_is_the_one(backend: str, images, monkeypatch: pytest.MonkeyPatch):
+def test_an_explicit_backend_is_the_one(backend: str, images, called, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(op, "LAUNCHERS", {backend: op.LAUNCHERS[backend]})
     tensors = inputs((2, 6, 8, 5, 5, 5, 1), images, "contiguous", torch.float32)
-    operation(torch.ones(2, 8, dtype=torch.bool), 1, backend)(*tensors)
+    _, names = called(lambda: operation(torch.ones(2, 8, dtype=torch.bool), 1, backend)(*tensors))
+    assert ("aten::_convolution" in names) == (backend != "cpu")
 
 
 X, RESIDUAL, MASK = torch.zeros(2, 4, 5, 5), torch.zeros(2, 3, 5, 5), torch.ones(2, 6, dtype=torch.bool)

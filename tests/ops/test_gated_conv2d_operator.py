@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
 
 import gatedkernels as gk
 from gatedkernels import _extension, policy
+from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops.gated_conv2d import op
+from gatedkernels.ops.gated_conv2d.reference import gated_conv2d_reference
 
 GEOMETRY = ((1, 1), (1, 1), (1, 1))
 
@@ -120,26 +121,48 @@ def test_exported_with_any_batch(form: str, images):
 
 
 @needs_cpu
-@pytest.mark.parametrize(("density", "unused"), [(0.3, "dense"), (1.0, "cpu")])
-def test_auto_compares_the_density(density: float, unused: str, images, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(op.LAUNCHERS, unused, forbid)
+@pytest.mark.parametrize("form", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("gated", ["outputs", "inputs", "both"])
+@pytest.mark.parametrize(("density", "dense"), [(0.3, False), (0.8, True), (1.0, True)])
+def test_auto_compares_the_density(
+    density: float, dense: bool, gated: str, form: str, images, called, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(policy, "choose", lambda *_, **__: policy.Choice("cpu", 0.7))
-    x, (weight, bias) = images((2, 32, 6, 6)), make_weights(32, 32, 3, 3)
-    mask = torch.arange(32).expand(2, 32) < 32 * density
-    y = gk.gated_conv2d(x, weight, bias, None, mask, padding=1)
-    torch.testing.assert_close(
-        y, torch.where(mask[..., None, None], conv2d(x, weight, bias, padding=1), 0), rtol=1e-4, atol=1e-4
-    )
+    policy.forget()
+    x, (weight, bias) = images((2, 30, 6, 5), form), make_weights(30, 30, 3, 3)
+    mask = torch.arange(30).expand(2, 30) < round(30 * density)
+    masks = (None if gated == "outputs" else mask, None if gated == "inputs" else mask)
+    expected = gated_conv2d_reference(x, weight, bias, *masks, *GEOMETRY, 1)
+    if gated != "outputs":
+        x = x.masked_fill(~mask[..., None, None], torch.nan)  # closed channels of x are not read
+    for _ in range(2):  # the second call is a known one
+        y, names = called(lambda: gk.gated_conv2d(x, weight, bias, *masks, padding=1))
+        assert ("aten::_convolution" in names) == dense
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        assert y.stride() == expected.contiguous(memory_format=arguments.memory_format(x)).stride()
+
+
+@needs_cpu
+def test_registration_of_the_kernels_operator(images):
+    x, (weight, bias) = images((2, 5, 4, 6)), make_weights(7, 5, 3, 3)
+    for threshold in (2.0, -1.0):
+        torch.library.opcheck(
+            torch.ops.gatedkernels.gated_conv2d_cpu.default,
+            (x, weight, bias, None, make_mask(2, 7), 1, threshold),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 @needs_cpu
 @pytest.mark.parametrize("density", [0.3, 1.0])
 @pytest.mark.parametrize("backend", ["reference", "dense", "cpu"])
-def test_an_explicit_backend_is_the_one(backend: str, density: float, images, monkeypatch: pytest.MonkeyPatch):
+def test_an_explicit_backend_is_the_one(backend: str, density: float, images, called, monkeypatch: pytest.MonkeyPatch):
     for other in {"reference", "dense", "cpu"} - {backend}:
         monkeypatch.setitem(op.LAUNCHERS, other, forbid)
     weight, bias = make_weights(8, 8, 3, 3)
-    gk.gated_conv2d(images((2, 8, 6, 6)), weight, bias, make_mask(2, 8, density), padding=1, backend=backend)
+    mask = make_mask(2, 8, density)
+    _, names = called(lambda: gk.gated_conv2d(images((2, 8, 6, 6)), weight, bias, mask, padding=1, backend=backend))
+    assert ("aten::_convolution" in names) == (backend != "cpu")
 
 
 def test_choice_looks_at_static_facts_only():

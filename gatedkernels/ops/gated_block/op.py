@@ -10,9 +10,13 @@ from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._arguments import in_best_layout
 from gatedkernels.ops._backends import ALWAYS, Backend, require
+from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._select import select_
 from gatedkernels.ops.gated_block.reference import gated_block_reference
 from gatedkernels.ops.gated_block.training import wants_gradients
+
+_run_cpu = torch.ops.gatedkernels.gated_block_cpu.default
+_KNOWN = KnownCalls(_run_cpu)
 
 
 def _launch_dense(
@@ -41,11 +45,12 @@ def _launch_cpu(
     mask: Tensor,
     residual: Tensor | None,
     stride: Sequence[int],
+    threshold: float = ALWAYS,
 ) -> Tensor:
     problem = policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1)
     if problem:
         raise ValueError(f"backend 'cpu' {problem}")
-    return torch.ops.gatedkernels.gated_block_cpu(x, weight1, bias1, weight2, bias2, mask, residual, stride[0])
+    return _run_cpu(x, weight1, bias1, weight2, bias2, mask, residual, stride[0], threshold)
 
 
 LAUNCHERS: dict[str, Callable[..., Tensor]] = {
@@ -67,9 +72,10 @@ def _forward(
     backend: str,
     threshold: float,
 ) -> Tensor:
-    if threshold < 1 and mask.device.type == "cpu" and mask.numel() and int(mask.sum()) > threshold * mask.numel():
-        backend = "dense"
-    y = LAUNCHERS[backend](x, weight1, bias1, weight2, bias2, mask, residual, stride)
+    launcher = LAUNCHERS[backend]
+    if backend == "cpu":  # compares the density itself
+        return launcher(x, weight1, bias1, weight2, bias2, mask, residual, stride, threshold)
+    y = launcher(x, weight1, bias1, weight2, bias2, mask, residual, stride)
     return y.contiguous(memory_format=arguments.memory_format(x))
 
 
@@ -77,9 +83,14 @@ torch.library.impl("gatedkernels::gated_block", ("CPU", "CUDA"), _forward)
 
 
 @torch.library.register_fake("gatedkernels::gated_block")
-def _(x, weight1, bias1, weight2, bias2, mask, residual, stride, backend, threshold):  # type: ignore[no-untyped-def]
+def _fake(x, weight1, bias1, weight2, bias2, mask, residual, stride, *_):  # type: ignore[no-untyped-def]
     size = arguments.output_size(x, weight1, stride, (1, 1), (1, 1))
     return x.new_empty((x.shape[0], weight2.shape[0], *size)).to(memory_format=arguments.memory_format(x))
+
+
+@torch.library.register_fake("gatedkernels::gated_block_cpu")
+def _(x, weight1, bias1, weight2, bias2, mask, residual, stride, threshold=ALWAYS):  # type: ignore[no-untyped-def]
+    return _fake(x, weight1, bias1, weight2, bias2, mask, residual, (stride, stride))
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -152,6 +163,11 @@ def gated_block(
         ValueError: If shapes or devices disagree, or the backend cannot serve this call.
         TypeError: If dtypes disagree, or the mask is not bool.
     """
+    given = x, weight1, bias1, weight2, bias2, mask, residual
+    options = stride, group, backend
+    y = _KNOWN.run(given, options)
+    if y is not None:
+        return y
     arguments.check_images("x", x)
     x, weight1, bias1, weight2, bias2, residual = arguments.autocast(  # type: ignore[assignment]
         x, weight1, bias1, weight2, bias2, residual
@@ -170,8 +186,7 @@ def gated_block(
         size = arguments.output_size(x, weight1, strides, (1, 1), (1, 1))
         arguments.check_like("residual", residual, (x.shape[0], weight2.shape[0], *size), x)
     if backend == "auto":
-        choice = policy.choose("gated_block", x, weight1, strides, (1, 1), (1, 1), 1)
-        served, threshold = choice.backend, choice.threshold
+        served, threshold = policy.choose("gated_block", x, weight1, strides, (1, 1), (1, 1), 1)
     else:
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
@@ -181,6 +196,11 @@ def gated_block(
         y, _ = torch.ops.gatedkernels.gated_block_kept.default(
             x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold
         )
+        return y
+    if served == "cpu" and not arguments.recorded(x, weight1, bias1, weight2, bias2, residual):
+        y = _launch_cpu(x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold)
+        if group == 1:
+            _KNOWN.note(given, options, strides[0], threshold)
         return y
     return torch.ops.gatedkernels.gated_block.default(
         x, weight1, bias1, weight2, bias2, mask, residual, strides, served, threshold

@@ -9,8 +9,12 @@ from torch import Tensor
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._backends import ALWAYS, Backend, require
+from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._select import select, select_
 from gatedkernels.ops.gated_conv2d.reference import gated_conv2d_backward_reference, gated_conv2d_reference, masked
+
+_run_cpu = torch.ops.gatedkernels.gated_conv2d_cpu.default
+_KNOWN = KnownCalls(_run_cpu)
 
 
 def _launch_dense(
@@ -33,11 +37,12 @@ def _launch_cpu(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    threshold: float = ALWAYS,
 ) -> Tensor:
     problem = policy.cpu_problem(x, weight, stride, padding, dilation, groups)
     if problem:
         raise ValueError(f"backend 'cpu' {problem}")
-    return torch.ops.gatedkernels.gated_conv2d_cpu(x, weight, bias, in_mask, out_mask, stride[0])
+    return _run_cpu(x, weight, bias, in_mask, out_mask, stride[0], threshold)
 
 
 def _launch_cuda(*args: object) -> Tensor:
@@ -74,7 +79,9 @@ def _forward(
     backend: str,
     threshold: float,
 ) -> Tensor:
-    launcher = LAUNCHERS["dense" if _too_dense(in_mask, out_mask, threshold) else backend]
+    launcher = LAUNCHERS[backend]
+    if backend == "cpu":  # compares the density itself
+        return launcher(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups, threshold)
     y = launcher(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups)
     return y.contiguous(memory_format=arguments.memory_format(x))
 
@@ -163,9 +170,15 @@ torch.library.impl("gatedkernels::gated_conv2d_backward", ("CPU", "CUDA"), _back
 
 
 @torch.library.register_fake("gatedkernels::gated_conv2d")
-def _(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups, dense_input_grad, backend, threshold):  # type: ignore[no-untyped-def]
+def _fake(x, weight, bias, in_mask, out_mask, stride, padding, dilation, *_):  # type: ignore[no-untyped-def]
     size = arguments.output_size(x, weight, stride, padding, dilation)
     return x.new_empty((x.shape[0], weight.shape[0], *size)).to(memory_format=arguments.memory_format(x))
+
+
+@torch.library.register_fake("gatedkernels::gated_conv2d_cpu")
+def _(x, weight, bias, in_mask, out_mask, stride, threshold=ALWAYS):  # type: ignore[no-untyped-def]
+    padding = [side // 2 for side in weight.shape[2:]]
+    return _fake(x, weight, bias, in_mask, out_mask, (stride, stride), padding, (1, 1))
 
 
 @torch.library.register_fake("gatedkernels::gated_conv2d_backward")
@@ -257,6 +270,11 @@ def gated_conv2d(
         ValueError: If shapes or devices disagree, or the backend cannot serve this call.
         TypeError: If dtypes disagree, or a mask is not bool.
     """
+    given = x, weight, bias, in_mask, out_mask
+    options = stride, padding, dilation, groups, group, backend
+    y = _KNOWN.run(given, options)
+    if y is not None:
+        return y
     arguments.check_images("x", x)
     x, weight, bias = arguments.autocast(x, weight, bias)  # type: ignore[assignment]
     arguments.check_weight("weight", weight, "bias", bias, x.shape[1], groups, x)
@@ -266,11 +284,16 @@ def gated_conv2d(
     if backend == "auto" and in_mask is None and out_mask is None:
         served, threshold = "dense", ALWAYS
     elif backend == "auto":
-        choice = policy.choose("conv_in" if out_mask is None else "conv_out", x, weight, *geometry, groups)
-        served, threshold = choice.backend, choice.threshold
+        kernel = "conv_in" if out_mask is None else "conv_out"
+        served, threshold = policy.choose(kernel, x, weight, *geometry, groups)
     else:
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
+    if served == "cpu" and not arguments.recorded(x, weight, bias):
+        y = _launch_cpu(x, weight, bias, in_mask, out_mask, *geometry, groups, threshold)
+        if group == 1:
+            _KNOWN.note(given, options, geometry[0][0], threshold)
+        return y
     return torch.ops.gatedkernels.gated_conv2d.default(
         x, weight, bias, in_mask, out_mask, *geometry, groups, dense_input_grad, served, threshold
     )

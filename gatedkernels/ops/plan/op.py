@@ -8,14 +8,13 @@ from gatedkernels.ops.plan.reference import plan_reference
 
 
 def _launch(mask: Tensor) -> tuple[Tensor, Tensor]:
-    if mask.device.type == "cpu" and _extension.CPU_ERROR is None:
-        return torch.ops.gatedkernels.plan_cpu(mask)
     if mask.device.type == "cuda" and _extension.CUDA_ERROR is None:
         return torch.ops.gatedkernels.plan_cuda(mask)
     return plan_reference(mask)
 
 
-torch.library.impl("gatedkernels::plan", ("CPU", "CUDA"), _launch)
+# The compiled library is the CPU's implementation where it is loaded.
+torch.library.impl("gatedkernels::plan", "CUDA" if _extension.CPU_ERROR is None else ("CPU", "CUDA"), _launch)
 
 
 def _fake(mask: Tensor) -> tuple[Tensor, Tensor]:

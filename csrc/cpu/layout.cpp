@@ -1,0 +1,77 @@
+// Between contiguous and channels-last images: a transposition of channels and pixels.
+#include <algorithm>
+
+#include "cpu/vector.h"
+#include "tensors.h"
+
+namespace gatedkernels {
+namespace {
+
+constexpr int64_t kLine = 16;  // floats of a cache line
+
+bool is_channels_last(const Tensor& t) {
+  int64_t step = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 1) continue;
+    if (t.stride(d) != step) return false;
+    step *= t.size(d);
+  }
+  return true;
+}
+
+// to[c][r] = from[r][c] for a square of four.
+GK_INLINE void transpose_square(const float* from, int64_t from_step, float* to, int64_t to_step) {
+  const Quad a = load<4>(from), b = load<4>(from + from_step);
+  const Quad c = load<4>(from + 2 * from_step), d = load<4>(from + 3 * from_step);
+  const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  store<4>(to, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+  store<4>(to + to_step, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+  store<4>(to + 2 * to_step, __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5));
+  store<4>(to + 3 * to_step, __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7));
+}
+
+// Columns `begin` to `end` of (rows, columns) become rows of (columns, rows), cache line by cache line of either side.
+void transpose(const float* from, float* to, int64_t rows, int64_t columns, int64_t begin, int64_t end) {
+  const int64_t whole = begin + (end - begin) / 4 * 4;
+  for (int64_t first = 0; first < rows; first += kLine) {
+    const int64_t last = std::min(first + kLine, rows);
+    int64_t r = first;
+    for (; r + 4 <= last; r += 4) {
+      for (int64_t c = begin; c < whole; c += 4) {
+        transpose_square(from + r * columns + c, columns, to + c * rows + r, rows);
+      }
+    }
+    for (int64_t at = first; at < last; ++at) {
+      for (int64_t c = at < r ? whole : begin; c < end; ++c) to[c * rows + at] = from[at * columns + c];
+    }
+  }
+}
+
+}  // namespace
+
+MemoryFormat layout_like(const Tensor& x) {
+  return !x.is_contiguous() && is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+Tensor in_layout(const Tensor& images, MemoryFormat format) {
+  const bool to_channels_last = format == MemoryFormat::ChannelsLast;
+  if (to_channels_last ? is_channels_last(images) : images.is_contiguous()) return images;
+  const bool other = to_channels_last ? images.is_contiguous() : is_channels_last(images);
+  if (!other || images.scalar_type() != ScalarType::Float) return torch::stable::contiguous(images, format);
+  const int64_t N = images.size(0), C = images.size(1), H = images.size(2), W = images.size(3);
+  Tensor moved = empty({N, C, H, W}, ScalarType::Float, format);
+  const int64_t rows = to_channels_last ? C : H * W, columns = to_channels_last ? H * W : C;
+  const int64_t strips = ceil_div(columns, kLine), grain = ceil_div(1 << 13, rows * kLine);
+  const float* from = floats(images);
+  float* to = moved.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, N * strips, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / strips * rows * columns, first = i % strips * kLine;
+      transpose(from + image, to + image, rows, columns, first, std::min(first + kLine, columns));
+    }
+  });
+  return moved;
+}
+
+}  // namespace gatedkernels

@@ -1,0 +1,146 @@
+"""Measure up to which density the CPU kernels beat the dense way, on this machine."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gatedkernels import _extension, policy, thresholds
+from gatedkernels.ops._backends import ALWAYS
+from gatedkernels.reporting.timing import Timing, interleave, use_threads
+
+KERNELS = (("conv_out", 3), ("conv_in", 3), ("gated_block", 3), ("conv_out", 1), ("conv_in", 1))
+CHANNELS = (64, 128, 256, 512)
+PIXELS = (16, 64, 256, 1024, 4096, 16384)
+
+_DENSITIES = (0.25, 0.5, 0.75, 1.0)
+_NEVER = -1.0  # a threshold that every density exceeds
+_MARGIN = 0.98  # a kernel serves where it is faster by more than what a median errs
+_NEARLY_ALL = 0.99
+_REPEATS = 2  # with other memory, which decides much; the more careful threshold counts
+_MOST_MACS = 1 << 32  # classes of larger images take the threshold of the next smaller one
+
+
+class Case(NamedTuple):
+    """A class of calls."""
+
+    kernel: str
+    side: int
+    channels: int
+    pixels: int
+    channels_last: bool
+
+
+def cases(channels: Sequence[int] = CHANNELS, pixels: Sequence[int] = PIXELS) -> list[Case]:
+    """The classes to measure, but for those that take very long."""
+    return [
+        Case(kernel, side, c, p, channels_last)
+        for kernel, side in KERNELS
+        for c in channels
+        for p in pixels
+        for channels_last in (True, False)
+        if c * c * side * side * p <= _MOST_MACS
+    ]
+
+
+def calibrate(
+    *,
+    channels: Sequence[int] = CHANNELS,
+    pixels: Sequence[int] = PIXELS,
+    threads: int | None = None,
+    seconds: float = 0.2,
+    progress: Callable[[str], None] | None = None,
+) -> thresholds.Table:
+    """Measure thresholds of the functional CPU operations, store them, and use them from now on.
+
+    A threshold is the density of a mask above which ``backend="auto"`` takes PyTorch's dense convolution. Shipped ones
+    come from one machine; these come from yours, for its instruction set, number of threads and versions. Nothing is
+    ever measured but here. They lie in ``thresholds.json``, in the folder that ``GATEDKERNELS_CACHE`` names, else in
+    ``gatedkernels`` in the user's cache (``XDG_CACHE_HOME``), and are merged with what is there.
+
+    Args:
+        channels: Input and output channels of the layers, positive.
+        pixels: Output pixels of a whole batch, positive.
+        threads: Threads to measure with, and to measure for; None: PyTorch's setting.
+        seconds: How long to measure each class, about; there are some two hundred.
+        progress: Called with a line for each class.
+
+    Returns:
+        The measured thresholds, by kind of call, class of channels and class of pixels.
+
+    Raises:
+        RuntimeError: If the compiled CPU kernels are missing.
+        OSError: If the folder cannot be written.
+        ValueError: If an argument is not positive, or a newer gatedkernels wrote the file.
+    """
+    for name, values in (("channels", channels), ("pixels", pixels)):
+        if not values or min(values) < 1:
+            raise ValueError(f"{name} must hold positive numbers, got {tuple(values)}")
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive, got {seconds}")
+    if _extension.CPU_ERROR is not None:
+        raise RuntimeError(f"there are no CPU kernels to calibrate: {_extension.CPU_ERROR}")
+    thresholds.check_writable()
+    table: thresholds.Table = {}
+    with use_threads(threads) as used:
+        for case in cases(channels, pixels):
+            density = min(_measure(case, seconds / _REPEATS) for _ in range(_REPEATS))
+            weight = torch.empty(case.channels, case.channels, case.side, case.side)
+            kind = thresholds.kind(case.kernel, weight, case.channels_last)
+            row = table.setdefault(kind, {}).setdefault(thresholds.channel_class(weight), {})
+            row[thresholds.pixel_class(case.pixels)] = density
+            thresholds.save(table, used)  # what is measured stays, however it ends
+            if progress:
+                progress(f"{kind}, {case.channels} channels, {case.pixels} pixels: {density:.2f}")
+    policy.forget()
+    return table
+
+
+def crossing(densities: Sequence[float], seconds: Sequence[float], dense: float) -> float:
+    """The density up to which a kernel is faster than the dense way, its time being a line.
+
+    Args:
+        densities: Where the kernel was measured.
+        seconds: Its times there.
+        dense: Time of the dense way.
+
+    Returns:
+        Between 0 and 1, to two digits.
+    """
+    slope, start = np.polyfit(densities, seconds, 1)
+    allowed = _MARGIN * dense - start
+    if slope <= 0:
+        return float(allowed > 0)
+    return round(min(max(allowed / slope, 0.0), 1.0), 2)
+
+
+def _measure(case: Case, seconds: float) -> float:
+    samples = interleave(_calls(case), seconds=seconds)
+    dense, dense_open, *kernel = (Timing.of(times).median for times in samples.values())
+    threshold = crossing(_DENSITIES, kernel, dense)
+    # With every gate open the dense way has nothing to close.
+    return threshold if kernel[-1] < _MARGIN * dense_open else min(threshold, _NEARLY_ALL)
+
+
+def _calls(case: Case) -> dict[str, Callable[[], Tensor]]:
+    """The dense way, twice, and the kernel at every density."""
+    c, size = case.channels, min(max(2048 // case.channels, 4), math.isqrt(case.pixels))
+    x = torch.randn(max(case.pixels // size**2, 1), c, size, size)
+    if case.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(c, c, case.side, case.side) / (case.side * c**0.5), torch.randn(c)
+    ranks = torch.rand(len(x), c).argsort(1)
+    operators = torch.ops.gatedkernels
+
+    def call(density: float, threshold: float) -> Callable[[], Tensor]:
+        mask = ranks < round(density * c)
+        if case.kernel == "gated_block":
+            return lambda: operators.gated_block_cpu.default(x, weight, bias, weight, bias, mask, x, 1, threshold)
+        masks = (mask, None) if case.kernel == "conv_in" else (None, mask)
+        return lambda: operators.gated_conv2d_cpu.default(x, weight, bias, *masks, 1, threshold)
+
+    calls = {f"{density}": call(density, ALWAYS) for density in _DENSITIES}
+    return {"dense": call(0.5, _NEVER), "dense, all open": call(1.0, _NEVER), **calls}

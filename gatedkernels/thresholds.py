@@ -1,0 +1,200 @@
+"""Measured thresholds: a table on disk, by machine, threads and shape class, from density to who serves.
+
+``gatedkernels.calibration`` measures and writes it; ``gatedkernels.policy`` reads it once, when it first chooses.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatedkernels import _extension
+
+FORMAT = 1
+FOLDER_VARIABLE = "GATEDKERNELS_CACHE"
+
+# Thresholds by kind of call ("conv_out 3x3 float32 channels-last"), and then by class of channels and of pixels.
+Table = dict[str, dict[int, dict[int, float]]]
+
+
+def path() -> Path:
+    """The file: in the folder that GATEDKERNELS_CACHE names, else in the user's cache (XDG_CACHE_HOME)."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder:
+        return Path(folder) / "thresholds.json"
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "gatedkernels" / "thresholds.json"
+
+
+def machine() -> str:
+    """What a measurement holds for, threads aside: processor, instruction set, and whose kernels were compared."""
+    return f"{cpu_name()}, {_extension.instruction_set()}, torch {torch.__version__}, gatedkernels {_version()}"
+
+
+def kind(kernel: str, weight: Tensor, channels_last: bool) -> str:
+    """What is looked up first: what is computed, and how the images lie."""
+    side, dtype = weight.shape[-1], str(weight.dtype).removeprefix("torch.")
+    return f"{kernel} {side}x{side} {dtype} {'channels-last' if channels_last else 'converted'}"
+
+
+def channel_class(weight: Tensor) -> int:
+    """Geometric mean of input and output channels, to the next power of two."""
+    return 1 << round(math.log2(max(weight.shape[0] * weight.shape[1], 1)) / 2)
+
+
+def pixel_class(pixels: int) -> int:
+    """Output pixels of the whole batch, to the next power of four."""
+    return 1 << 2 * round(math.log2(max(pixels, 1)) / 2)
+
+
+def find(table: Table, kind_: str, channels: int, pixels: int) -> float | None:
+    """The threshold of a class, or of the next smaller measured one of its channels: more pixels pay more."""
+    measured = table.get(kind_, {}).get(channels, {})
+    below = [most for most in measured if most <= pixels]
+    return measured[max(below)] if below else None
+
+
+def load(threads: int) -> Table:
+    """The thresholds measured on this machine with so many threads; of a damaged file none, with a warning."""
+    file = path()
+    try:
+        content = _read(file)
+    except ValueError as error:
+        warnings.warn(f"{error}; it is ignored, the shipped thresholds serve", RuntimeWarning, stacklevel=2)
+        return {}
+    return _parse(content["machines"].get(machine(), {}).get(str(threads), {}).get("thresholds", {}))
+
+
+def check_writable() -> Path:
+    """The file, in a folder that can be written.
+
+    Raises:
+        OSError: If it cannot; the message names the folder and the variable that chooses another one.
+        ValueError: If a newer gatedkernels wrote the file.
+    """
+    file = path()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"thresholds cannot be written to {file.parent} ({error}); set {FOLDER_VARIABLE}") from error
+    with contextlib.suppress(_Damaged):
+        _read(file)
+    return file
+
+
+def save(table: Table, threads: int) -> Path:
+    """Merge thresholds into the file; others that are there stay, also those that another process writes meanwhile.
+
+    A damaged file is kept under another name, with a warning.
+
+    Raises:
+        OSError: If the folder cannot be written.
+        ValueError: If a newer gatedkernels wrote the file.
+    """
+    file = check_writable()
+    with _locked(file):
+        try:
+            content = _read(file)
+        except _Damaged as error:
+            aside = file.with_suffix(f".damaged-{datetime.now():%Y%m%dT%H%M%S%f}.json")
+            file.rename(aside)
+            warnings.warn(f"{error}; it was moved to {aside}", RuntimeWarning, stacklevel=2)
+            content = _read(file)
+        entry = content["machines"].setdefault(machine(), {}).setdefault(str(threads), {})
+        thresholds = _parse(entry.get("thresholds", {}))
+        for kind_, by_channels in table.items():
+            for channels, by_pixels in by_channels.items():
+                thresholds.setdefault(kind_, {}).setdefault(channels, {}).update(by_pixels)
+        entry["measured"] = f"{datetime.now():%Y-%m-%dT%H:%M:%S}"
+        entry["thresholds"] = thresholds
+        _replace(file, json.dumps(content, indent=1, sort_keys=True))
+    return file
+
+
+class _Damaged(ValueError):
+    """A file that holds no thresholds."""
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"format": FORMAT, "machines": {}}
+    except (OSError, ValueError) as error:
+        raise _Damaged(f"{file} must hold thresholds as JSON, got {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise _Damaged(f"{file} must hold thresholds, got something else")
+    if content["format"] != FORMAT:
+        raise ValueError(f"{file} must have format {FORMAT}, got {content['format']}: another gatedkernels wrote it")
+    try:
+        for by_threads in content["machines"].values():
+            for entry in by_threads.values():
+                _parse(entry["thresholds"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _Damaged(f"{file} must hold thresholds between 0 and 1, got {error!r}") from error
+    return content
+
+
+def _parse(thresholds: Mapping[str, Any]) -> Table:
+    table: Table = {}
+    for kind_, by_channels in thresholds.items():
+        for channels, by_pixels in by_channels.items():
+            row = {int(pixels): float(density) for pixels, density in by_pixels.items()}
+            if not all(0 <= density <= 1 for density in row.values()):
+                raise ValueError(by_pixels)
+            table.setdefault(kind_, {})[int(channels)] = row
+    return table
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Nobody else writes meanwhile: a lock that ends with its process."""
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a whole file or none: readers take no lock."""
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, suffix=".tmp", delete=False) as part:
+        try:
+            part.write(text)
+            part.flush()
+            os.fsync(part.fileno())
+            os.replace(part.name, file)
+        except BaseException:
+            os.unlink(part.name)
+            raise
+
+
+@lru_cache(maxsize=1)
+def cpu_name() -> str:
+    """The processor's own name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _version() -> str:
+    try:
+        return metadata.version("gatedkernels")
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,110 @@
+"""Calibration measures, stores what it measured, and the policy uses it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import gatedkernels as gk
+from gatedkernels import _extension, calibration, cli, policy, thresholds
+from gatedkernels.reporting import doctor
+
+needs_cpu = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(thresholds.FOLDER_VARIABLE, str(tmp_path))
+    policy.forget()
+    yield tmp_path
+    monkeypatch.undo()
+    policy.forget()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "dense", "density"),
+    [
+        ((1.0, 2.0, 3.0, 4.0), 10.0, 1.0),
+        ((1.0, 2.0, 3.0, 4.0), 2.0 / 0.98, 0.5),
+        ((1.0, 2.0, 3.0, 4.0), 1e-9, 0.0),
+        ((1.0, 1.0, 1.0, 1.0), 2.0, 1.0),
+        ((1.0, 1.0, 1.0, 1.0), 0.5, 0.0),
+    ],
+)
+def test_crossing(seconds: tuple[float, ...], dense: float, density: float):
+    assert calibration.crossing((0.25, 0.5, 0.75, 1.0), seconds, dense) == density
+
+
+def test_cases_leave_out_what_takes_long():
+    sizes = {(case.channels, case.pixels) for case in calibration.cases() if case.side == 3}
+    assert (64, 16384) in sizes
+    assert (512, 1024) in sizes
+    assert (512, 16384) not in sizes
+
+
+@needs_cpu
+def test_calibrate(folder: Path):
+    lines: list[str] = []
+    table = gk.calibrate(channels=(8,), pixels=(16, 64), threads=1, seconds=1e-3, progress=lines.append)
+    assert len(lines) == 2 * 2 * len(calibration.KERNELS)
+    assert table.keys() == {line.partition(",")[0] for line in lines}
+    assert all(0 <= density <= 1 for rows in table.values() for row in rows.values() for density in row.values())
+    assert thresholds.load(1) == table
+    x, weight = torch.empty(1, 8, 8, 8), torch.empty(8, 8, 3, 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        choice = policy.choose("conv_out", x, weight, (1, 1), (1, 1), (1, 1), 1)
+    finally:
+        torch.set_num_threads(before)
+    assert choice == ("cpu", table["conv_out 3x3 float32 converted"][8][64])
+
+
+@needs_cpu
+def test_what_is_measured_stays_after_an_interruption():
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gk.calibrate(channels=(8,), pixels=(16,), threads=1, seconds=1e-3, progress=stop)
+    assert thresholds.load(1).keys() == {"conv_out 3x3 float32 channels-last"}
+
+
+def test_errors(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match=r"channels must hold positive numbers, got \(0,\)"):
+        gk.calibrate(channels=(0,))
+    with pytest.raises(ValueError, match=r"pixels must hold positive numbers, got \(\)"):
+        gk.calibrate(pixels=())
+    with pytest.raises(ValueError, match=r"seconds must be positive, got 0\.0"):
+        gk.calibrate(seconds=0.0)
+    monkeypatch.setattr(_extension, "CPU_ERROR", "it was not built")
+    with pytest.raises(RuntimeError, match="no CPU kernels to calibrate: it was not built"):
+        gk.calibrate()
+
+
+@needs_cpu
+def test_nothing_is_measured_where_nothing_can_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    (folder / "file").touch()
+    monkeypatch.setenv(thresholds.FOLDER_VARIABLE, str(folder / "file"))
+    monkeypatch.setattr(calibration, "_measure", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(OSError, match="set GATEDKERNELS_CACHE"):
+        gk.calibrate()
+
+
+@needs_cpu
+def test_command_and_doctor(folder: Path):
+    section = next(name for name in doctor.examine() if "measured here" in name)
+    assert "gatedkernels calibrate" in doctor.examine()[section]["state"]
+    options = ["--channels", "8", "--pixels", "16", "--seconds", "0.001"]
+    result = CliRunner().invoke(cli.app, ["calibrate", *options])
+    assert result.exit_code == 0, result.output
+    assert str(folder / "thresholds.json") in result.output.replace("\n", "")
+    facts = doctor.examine()[section]
+    assert facts["file"] == str(folder / "thresholds.json")
+    assert facts["conv_in 1x1 float32 converted"].startswith("8 channels: ")
+    (folder / "thresholds.json").write_text("{")
+    assert "it is ignored" in doctor.examine()[section]["problem"]
+    result = CliRunner().invoke(cli.app, ["calibrate", "--seconds", "-1"])
+    assert result.exit_code == 1
+    assert "seconds must be positive" in result.output
