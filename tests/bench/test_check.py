@@ -11,7 +11,7 @@ from bench.results import Results
 
 NETWORK = Limit("network", "speedup", 2.2, only=(("kept", (0.3,)),))
 BLOCK = Limit("block", "efficiency", 0.9, geomean=True)
-OPTIONS = ["--groups=block,network,functional,linear"]
+OPTIONS = ["--groups=block,network,block_bf16,network_bf16,functional,linear,backward"]
 COUNTED = Limit("block", "efficiency", 0.9, allowed=2)
 
 
