@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "block.h"
+#include "conv.h"
 #include "cpu/bring.h"
 #include "dense.h"
 #include "gradients.h"
@@ -23,10 +24,16 @@ struct Weights {
   const float* bias;
 };
 
+// A 1 x 1 convolution with the block's stride, whose result is added to the block's.
+struct Shortcut {
+  const float *weight, *bias;  // as `Weights::direct` of an in-gated convolution
+  float* y;
+};
+
 class Block {
  public:
   Block(const Tensor& x, const MaybeTensor& residual, Tensor& y, const Weights& weights1, const Weights& weights2,
-        int64_t hidden, int64_t stride, const Plan& plan, const MaybeTensor& kept)
+        int64_t hidden, int64_t stride, const Plan& plan, const MaybeTensor& kept, const Shortcut* shortcut)
       : plan_(plan),
         N_(x.size(0)),
         hidden_(hidden),
@@ -61,19 +68,23 @@ class Block {
       tiled1_[n] = tiled && weights1.transformed && out_tiles_pay(grid1_, count);
       tiled2_[n] = tiled && weights2.transformed && in_tiles_pay(grid2_, count);
     }
+    if (shortcut) {
+      shortcut_ = in_conv(x, geometry(x, 1, stride), shortcut->weight, shortcut->bias, conv2_.K, true, false);
+      residual_ = skip_ = shortcut->y;
+    }
     memory_ = kept ? *kept : empty({std::max<int64_t>(offset_[N_], 1)});
     planes_ = memory_.mutable_data_ptr<float>();
   }
 
   void run() {
     const Queue queue = schedule();
-    const auto left = std::make_unique<std::atomic<int32_t>[]>(N_);  // items of conv1, for every sample
+    const auto left = std::make_unique<std::atomic<int32_t>[]>(N_);  // items before conv2, for every sample
     for (int64_t n = 0; n < N_; ++n) left[n].store(queue.pending[n], std::memory_order_relaxed);
     in_order(static_cast<int64_t>(queue.items.size()), [&](int64_t at) {
       const Item& item = queue.items[at];
       std::atomic<int32_t>& mine = left[item.sample];
-      if (of_conv1(item.stage)) {
-        run_conv1(item);
+      if (before_conv2(item.stage)) {
+        item.stage == Stage::shortcut ? run_shortcut(item) : run_conv1(item);
         mine.fetch_sub(1, std::memory_order_release);
       } else {
         wait_until([&] { return mine.load(std::memory_order_acquire) == 0; });
@@ -98,6 +109,9 @@ class Block {
     Queue queue(N_, conv2_.size.H, operations);
     for (int64_t begin = 0; begin < N_; begin += group) {
       const int64_t end = std::min(begin + group, N_);
+      for (int64_t n = begin; n < end && skip_; ++n) {
+        queue.add_rows(n, Stage::shortcut, 0, blocks, 1, 2.0 * conv1_.C * kBlock * conv2_.size.OW, whole);
+      }
       for (int64_t n = begin; n < end; ++n) {
         if (!tiled1_[n]) continue;
         for (int i = 0; i < strips1_.count; ++i) {
@@ -134,6 +148,12 @@ class Block {
     constexpr int64_t kFloats = 1 << 14;
     const int64_t many = std::min<int64_t>(count, ceil_div(kFloats, row));
     for (int64_t j = 0; j < many; ++j) bring(weight + channels[j] * row, row);
+  }
+
+  void run_shortcut(const Item& item) const {
+    const int64_t n = item.sample, pixels = int64_t{conv2_.size.H} * conv2_.size.W;
+    kernels_for(conv2_.K).in_rows(shortcut_, x_ + n * conv1_.size.H * conv1_.size.W * conv1_.C, nullptr, shortcut_.C,
+                                  item.from, item.to, item.begin, item.end, nullptr, skip_ + n * pixels * conv2_.K);
   }
 
   void run_conv1(const Item& item) const {
@@ -193,7 +213,8 @@ class Block {
   TileGrid grid1_, grid2_;
   Strips strips1_, strips2_;
   const float *x_, *residual_;
-  float* y_;
+  float *y_, *skip_ = nullptr;  // what the shortcut writes, if there is one
+  InConv shortcut_;
   OutConv conv1_, tiles1_;  // the same convolution, with weights for rows and for tiles
   InConv conv2_, tiles2_;
   std::vector<int64_t> offset_;           // of every sample's planes
@@ -206,12 +227,12 @@ class Block {
 // kept: where the hidden activation's planes go, (N, hidden, pitch), if anybody wants them.
 Tensor run_block(const Tensor& given_x, const Weights& weights1, const Weights& weights2, int64_t hidden,
                  int64_t out_channels, const Plan& plan, const MaybeTensor& given_residual, int64_t stride,
-                 const MaybeTensor& kept = std::nullopt) {
+                 const MaybeTensor& kept = std::nullopt, const Shortcut* shortcut = nullptr) {
   const Tensor x = channels_last(given_x);
   const MaybeTensor residual = given_residual ? MaybeTensor(channels_last(*given_residual)) : given_residual;
   const Geometry size = geometry(x, 3, stride);
   Tensor y = empty({x.size(0), out_channels, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
-  if (y.numel()) Block(x, residual, y, weights1, weights2, hidden, stride, plan, kept).run();
+  if (y.numel()) Block(x, residual, y, weights1, weights2, hidden, stride, plan, kept, shortcut).run();
   return y;
 }
 
@@ -220,6 +241,14 @@ Tensor run_block(const Tensor& given_x, const Weights& weights1, const Weights& 
 Tensor packed_block(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                     const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2, const Tensor& mask,
                     const MaybeTensor& residual, int64_t stride) {
+  return block_and_shortcut(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, std::nullopt,
+                            std::nullopt, stride);
+}
+
+Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
+                          const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2, const Tensor& mask,
+                          const MaybeTensor& residual, const MaybeTensor& shortcut_weight,
+                          const MaybeTensor& shortcut_bias, int64_t stride) {
   STD_TORCH_CHECK(x.dim() == 4 && weight1.dim() == 4 && weight2.dim() == 5, "x is (N, C, H, W), weights are packed");
   STD_TORCH_CHECK(weight1.is_contiguous() && weight2.is_contiguous() && bias1.is_contiguous() && bias2.is_contiguous(),
                   "packed weights are contiguous");
@@ -233,11 +262,24 @@ Tensor packed_block(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
                   "tiles2 is packed as (K / 32, 4, M, 4 * 32)");
   STD_TORCH_CHECK(mask.size(0) == x.size(0) && mask.size(1) == hidden, "mask has shape (N, M)");
   if (x.scalar_type() == ScalarType::BFloat16) {
-    return packed_block_bf16(x, weight1, bias1, weight2, bias2, mask, residual, stride);
+    const MaybeTensor skip = shortcut_weight ? MaybeTensor(packed_conv2d(x, *shortcut_weight, *shortcut_bias,
+                                                                         std::nullopt, std::nullopt, std::nullopt, out,
+                                                                         stride, false))
+                                             : residual;
+    return packed_block_bf16(x, weight1, bias1, weight2, bias2, mask, skip, stride);
   }
   check_float(x, 4), check_float(weight1, 4), check_float(weight2, 5);
-  return run_block(x, {floats(weight1), floats(tiles1), floats(bias1)}, {floats(weight2), floats(tiles2), floats(bias2)},
-                   hidden, out, Plan(mask), residual, stride);
+  const Weights weights1{floats(weight1), floats(tiles1), floats(bias1)};
+  const Weights weights2{floats(weight2), floats(tiles2), floats(bias2)};
+  if (!shortcut_weight) return run_block(x, weights1, weights2, hidden, out, Plan(mask), residual, stride);
+  STD_TORCH_CHECK(shortcut_weight->is_contiguous() && shortcut_weight->dim() == 5 &&
+                      shortcut_weight->size(0) == ceil_div(out, kBlock) && shortcut_weight->size(1) == C &&
+                      shortcut_weight->size(2) == 1 && shortcut_bias->is_contiguous() && shortcut_bias->size(0) == out,
+                  "the shortcut's weight is packed as (K / 32, C, 1, 1, 32)");
+  const Geometry size = geometry(x, 1, stride);
+  Tensor skip = empty({x.size(0), out, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
+  const Shortcut shortcut{floats(*shortcut_weight), floats(*shortcut_bias), skip.mutable_data_ptr<float>()};
+  return run_block(x, weights1, weights2, hidden, out, Plan(mask), std::nullopt, stride, std::nullopt, &shortcut);
 }
 
 namespace {

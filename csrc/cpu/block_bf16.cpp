@@ -100,7 +100,7 @@ Tensor run_block(const Bf16Kernels& run, const Tensor& given_x, const Tensor& we
     const Item& item = queue.items[at];
     const int64_t n = item.sample;
     const int32_t* channels = plan.list(n);
-    if (of_conv1(item.stage)) {
+    if (before_conv2(item.stage)) {
       run.out_rows(conv1, in + n * size1.H * size1.W * C, channels + item.from, item.to - item.from,
                    plan.count[n] - item.from, item.begin, item.end, planes.of(n) + item.from / 2 * planes.pitch);
       left[n].fetch_sub(1, std::memory_order_release);

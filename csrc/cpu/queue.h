@@ -1,5 +1,5 @@
-// The work of a gated basic block, cut into items: those of conv1 of a group of samples, then those of conv2, which wait
-// for conv1 of their sample.
+// The work of a gated basic block, cut into items: those of the shortcut and of conv1 of a group of samples, then those of
+// conv2, which wait for both of their sample.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +12,14 @@ namespace gatedkernels {
 
 // What an item computes of one sample.
 enum class Stage : uint8_t {
+  shortcut,   // rows of the shortcut's blocks of output channels
   out_rows,   // rows of conv1's active channels
   out_tiles,  // the same of a strip of tiles
   in_rows,    // rows of conv2's blocks of output channels
   in_tiles,
 };
 
-inline bool of_conv1(Stage stage) { return stage == Stage::out_rows || stage == Stage::out_tiles; }
+inline bool before_conv2(Stage stage) { return stage != Stage::in_rows && stage != Stage::in_tiles; }
 
 // Channels or blocks [from, to), and rows or tiles [begin, end).
 struct Item {
@@ -29,7 +30,7 @@ struct Item {
 class Queue {
  public:
   std::vector<Item> items;
-  std::vector<int32_t> pending;  // items of conv1, for every sample
+  std::vector<int32_t> pending;  // items before conv2, for every sample
 
   // `operations` is what there is to do in all: items are a small share of it, so that all threads end together.
   Queue(int64_t N, int64_t height, double operations)
@@ -73,7 +74,7 @@ class Queue {
   void push(int64_t sample, Stage stage, int64_t from, int64_t to, int64_t begin, int64_t end) {
     items.push_back({static_cast<int32_t>(sample), static_cast<int32_t>(from), static_cast<int32_t>(to),
                      static_cast<int32_t>(begin), static_cast<int32_t>(end), stage});
-    pending[sample] += of_conv1(stage);
+    pending[sample] += before_conv2(stage);
   }
 
   static constexpr double kLeastOperations = 2e5, kMostOperations = 8e6;  // about 2 and 80 microseconds of a core

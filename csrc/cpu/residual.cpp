@@ -4,7 +4,6 @@
 #include <tuple>
 
 #include "block.h"
-#include "conv.h"
 #include "gate.h"
 
 namespace gatedkernels {
@@ -17,11 +16,11 @@ std::tuple<Tensor, Tensor> packed_residual(const Tensor& x, const Tensor& gate_w
                                            const MaybeTensor& mask, int64_t stride) {
   STD_TORCH_CHECK(shortcut_weight.has_value() == shortcut_bias.has_value(), "a shortcut has weights and a bias");
   const Tensor decided = channel_gate(x, gate_weight1, gate_bias1, gate_weight2, gate_bias2);
-  const Tensor residual = shortcut_weight ? packed_conv2d(x, *shortcut_weight, *shortcut_bias, std::nullopt,
-                                                          std::nullopt, std::nullopt, bias2.size(0), stride, false)
-                                          : x;
   const Tensor& open = mask ? *mask : decided;
-  return {packed_block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, open, residual, stride), decided};
+  const MaybeTensor residual = shortcut_weight ? MaybeTensor() : MaybeTensor(x);
+  return {block_and_shortcut(x, weight1, bias1, weight2, bias2, tiles1, tiles2, open, residual, shortcut_weight,
+                             shortcut_bias, stride),
+          decided};
 }
 
 }  // namespace gatedkernels
