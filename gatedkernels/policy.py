@@ -119,3 +119,20 @@ def choose_linear(x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) ->
     if out_mask is None and rows < LINEAR_LEAST_PACKED:
         threshold = min(threshold, 0.3)
     return Choice("cpu", threshold)
+
+
+def choose_sliced(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str:
+    """The backend for a convolution with a width for every sample."""
+    return "dense" if cpu_problem(x, weight, stride, padding, dilation, groups) is not None else "cpu"
+
+
+def choose_sliced_linear(x: Tensor) -> str:
+    """The backend for a linear layer with a width for every sample."""
+    return "dense" if linear_problem(x) is not None else "cpu"

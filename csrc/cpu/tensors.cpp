@@ -70,6 +70,21 @@ Plan::Plan(const Tensor& given_index, const Tensor& given_count, int64_t samples
   }
 }
 
+Plan::Plan(const Tensor& width, int64_t samples_, int64_t channels_)
+    : samples(samples_), channels(channels_), index(nullptr) {
+  STD_TORCH_CHECK(width.scalar_type() == ScalarType::Int && width.is_cpu() && width.dim() == 1 &&
+                      width.size(0) == samples,
+                  "widths are int32, one for every sample, on the CPU");
+  const Tensor packed = row_major(width);
+  const int32_t* from = packed.const_data_ptr<int32_t>();
+  for (int64_t n = 0; n < samples; ++n) {
+    own_count.push_back(std::clamp<int32_t>(from[n], 0, static_cast<int32_t>(channels)));
+  }
+  count = own_count.data();
+}
+
+int64_t Plan::most() const { return samples ? *std::max_element(count, count + samples) : 0; }
+
 Geometry geometry(const Tensor& x, int64_t taps, int64_t stride) {
   Geometry g;
   g.H = static_cast<int>(x.size(2));
@@ -83,7 +98,8 @@ Geometry geometry(const Tensor& x, int64_t taps, int64_t stride) {
 
 std::vector<uint8_t> used_channels(const Plan& plan) {
   std::vector<uint8_t> used(plan.channels, 0);
-  for (int64_t n = 0; n < plan.samples; ++n) {
+  if (!plan.index) std::fill_n(used.begin(), plan.most(), 1);
+  for (int64_t n = 0; plan.index && n < plan.samples; ++n) {
     for (int32_t j = 0; j < plan.count[n]; ++j) used[plan.list(n)[j]] = 1;
   }
   return used;
@@ -112,8 +128,9 @@ Tensor weight_rows(const Tensor& weight, const Plan& plan) {
   return packed;
 }
 
-Tensor weight_blocks(const Tensor& weight, const Plan* plan) {
-  const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), T = weight.size(3), taps = S * T;
+Tensor weight_blocks(const Tensor& weight, const Plan* plan, int64_t most) {
+  const int64_t K = std::min(weight.size(0), most), C = weight.size(1), S = weight.size(2), T = weight.size(3);
+  const int64_t taps = S * T;
   const std::vector<uint8_t> used = plan ? used_channels(*plan) : std::vector<uint8_t>(C, 1);
   const int64_t blocks = ceil_div(K, kBlock);
   Tensor packed = empty({blocks, C, S, T, kBlock});
