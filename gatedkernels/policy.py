@@ -54,6 +54,14 @@ def cpu_problem(
     return None
 
 
+def output_pixels(x: Tensor, stride: Sequence[int]) -> int:
+    """Output pixels of the whole batch, where windows are padded by half their size."""
+    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
+    if torch.compiler.is_compiling() or not isinstance(pixels, int):
+        return 1 << 20  # one graph for batches of any size: take them for large ones
+    return pixels
+
+
 def choose(
     kernel: str,
     x: Tensor,
@@ -66,9 +74,7 @@ def choose(
     """The backend for this call of a kernel; looks at shapes, strides, dtypes and devices, never at values."""
     if cpu_problem(x, weight, stride, padding, dilation, groups) is not None:
         return Choice("dense", 1.0)
-    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
-    if torch.compiler.is_compiling() or not isinstance(pixels, int):
-        pixels = 1 << 20  # one graph for batches of any size: take them for large ones
+    pixels = output_pixels(x, stride)
     threshold = next(density for most, density in CPU_THRESHOLDS[kernel] if pixels <= most)
     if kernel != "conv_in" and not x.is_contiguous(memory_format=torch.channels_last):
         threshold = min(threshold, CPU_CONVERTED_THRESHOLD)
@@ -121,6 +127,11 @@ def choose_linear(x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) ->
     return Choice("cpu", threshold)
 
 
+# With a width for every sample: the fewest output pixels of the batch for which packing the filters, once for all
+# samples, pays; below it PyTorch's convolution serves, for groups of equal width.
+SLICED_LEAST = 512
+
+
 def choose_sliced(
     x: Tensor,
     weight: Tensor,
@@ -129,8 +140,10 @@ def choose_sliced(
     dilation: Sequence[int],
     groups: int,
 ) -> str:
-    """The backend for a convolution with a width for every sample."""
-    return "dense" if cpu_problem(x, weight, stride, padding, dilation, groups) is not None else "cpu"
+    """The backend for a convolution with a width for every sample; looks at shapes, dtypes and devices."""
+    if cpu_problem(x, weight, stride, padding, dilation, groups) is not None:
+        return "dense"
+    return "dense" if output_pixels(x, stride) < SLICED_LEAST else "cpu"
 
 
 def choose_sliced_linear(x: Tensor) -> str:

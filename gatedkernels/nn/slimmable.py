@@ -198,9 +198,10 @@ class SlimmableConv2d(_SlicedWeight, nn.Conv2d):
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
         """Cost at the present width; see `gatedkernels.nn.flops`."""
         ins, outs = self.shape_now
-        groups = self.groups * ins / self.in_channels
-        cost = conv_cost("", self, output_size(self, (input_shape[-2], input_shape[-1])))
-        return [ConvCost("", cost.macs_per_pair * self.groups / groups, ins, outs)]
+        full = conv_cost("", self, output_size(self, (input_shape[-2], input_shape[-1])))
+        # Narrower grouped convolutions have fewer groups, each of the same size.
+        share = 1 if self.groups == 1 else ins / self.in_channels
+        return [ConvCost("", full.macs_per_pair / share, ins, outs)]
 
     def extra_repr(self) -> str:
         """Say what the parts do not show."""

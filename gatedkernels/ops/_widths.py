@@ -54,13 +54,10 @@ def equal_widths(
 def take(x: Tensor, samples: Tensor | None, dim: int, width: int) -> Tensor:
     """The first ``width`` channels, along ``dim``, of some samples."""
     x = x.narrow(dim, 0, width)
-    return x if samples is None else x.index_select(0, samples)
+    return x if samples is None else x[samples]  # which keeps channels-last images so; index_select does not
 
 
 def put(y: Tensor, samples: Tensor | None, dim: int, part: Tensor) -> None:
     """Write what belongs where ``take`` takes."""
     y = y.narrow(dim, 0, part.shape[dim])
-    if samples is None:
-        y.copy_(part)
-    else:
-        y.index_copy_(0, samples, part)
+    y[slice(None) if samples is None else samples] = part

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import conv2d
 
 import gatedkernels as gk
@@ -250,7 +251,7 @@ def test_registration(backend: str, grad: bool, case: str, images):
 @pytest.mark.parametrize("form", ["contiguous", "channels_last"])
 def test_a_graph_for_all_widths(form: str, images, gradients):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     weight, bias = make_weights(16, 12, 3, 3)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, ins: int, outs: int) -> Tensor:

@@ -48,7 +48,7 @@ def _launch_dense(
     if x.device.type != "cpu":
         return sliced_conv2d_reference(x, weight, bias, in_width, out_width, stride, padding, dilation, groups)
     shape = (x.shape[0], weight.shape[0], *arguments.output_size(x, weight, stride, padding, dilation))
-    y = torch.zeros(shape, dtype=x.dtype).contiguous(memory_format=arguments.memory_format(x))
+    y = torch.empty(shape, dtype=x.dtype, memory_format=arguments.memory_format(x)).zero_()
     for samples, ins, outs in equal_widths(in_width, out_width, x.shape[0], (x.shape[1], weight.shape[0])):
         if outs and ins:
             part, filters, shift, some = _slice(take(x, samples, 1, ins), weight, bias, outs, groups)
