@@ -13,7 +13,7 @@ from gatedkernels.nn.slimmable import Slimmable, SlimmableConv2d, SlimmableLinea
 from gatedkernels.nn.slimmable_blocks import SlimmableBasicBlock, SlimmableBottleneck
 from gatedkernels.nn.slimmable_norm import SlimmableBatchNorm2d, SlimmableLayerNorm, SwitchableBatchNorm2d
 from gatedkernels.nn.straight_through import straight_through
-from gatedkernels.nn.widths import SlimmableNetwork, calibrate_norms, set_width, slice, width
+from gatedkernels.nn.widths import SlimmableNetwork, calibrate_norms, is_slimmable, set_width, slice, width
 
 __all__ = [
     "Branch",
@@ -43,6 +43,7 @@ __all__ = [
     "fold_norm",
     "gate_key",
     "gated_flops",
+    "is_slimmable",
     "kept_fraction",
     "make_divisible",
     "set_width",

@@ -80,7 +80,12 @@ def width(net: nn.Module, width: float) -> Iterator[None]:
             layer.set_width(old)
 
 
-def slice(net: nn.Module, width: float) -> nn.Module:
+def is_slimmable(net: nn.Module) -> bool:
+    """Whether a network holds slimmable layers."""
+    return any(isinstance(module, Slimmable) for module in net.modules())
+
+
+def slice(net: nn.Module, width: float | None = None) -> nn.Module:
     """Cut a narrow network out of a slimmable one: ordinary layers, with copied weights, that know no width.
 
     For export, and for whatever else wants convolutions and linear layers as PyTorch has them. The result has the
@@ -88,7 +93,7 @@ def slice(net: nn.Module, width: float) -> nn.Module:
 
     Args:
         net: A network with slimmable layers; it stays as it is.
-        width: The width, in (0, 1].
+        width: The width, in (0, 1]; None: the one that each layer has.
 
     Returns:
         The narrow network.
@@ -98,8 +103,10 @@ def slice(net: nn.Module, width: float) -> nn.Module:
         ValueError: If it is out of range, a layer cannot be cut there, or a normalisation has no statistics for it in
             evaluation mode; or if the network has no slimmable layers.
     """
+    _layers(net)
     narrow = copy.deepcopy(net)
-    set_width(narrow, width)
+    if width is not None:
+        set_width(narrow, width)
     return _sliced(narrow)
 
 
