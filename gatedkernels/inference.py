@@ -58,7 +58,9 @@ def _fold_sequence(layers: nn.Sequential) -> None:
         if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
             has_relu = i + 2 < len(layers) and type(layers[i + 2]) is nn.ReLU
             options: dict[str, Any] = {"norm": norm, "relu": has_relu}
-            layers[i] = PackedStem(conv, pool=False, **options) if PackedStem.serves(conv) else PackedConv2d(conv, **options)
+            layers[i] = (
+                PackedStem(conv, pool=False, **options) if PackedStem.serves(conv) else PackedConv2d(conv, **options)
+            )
             for j in range(i + 1, i + 2 + has_relu):
                 layers[j] = nn.Identity()
 

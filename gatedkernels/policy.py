@@ -148,4 +148,4 @@ def choose_sliced(
 
 def choose_sliced_linear(x: Tensor) -> str:
     """The backend for a linear layer with a width for every sample."""
-    return "dense" if linear_problem(x) is not None else "cpu"
+    return "dense" if x.ndim == 2 or linear_problem(x) is not None else "cpu"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gatedkernels.models._registry import register_model
 from gatedkernels.models.gated_resnet import Stem
 from gatedkernels.models.slimmable_resnet import Norm, make_norm
-from gatedkernels.nn import SlimmableConv2d, SlimmableLinear, SlimmableNetwork
+from gatedkernels.nn import SlimmableConv2d, SlimmableNetwork
 
 # Expansion, channels, blocks, stride of the first one: Sandler et al., "MobileNetV2", CVPR 2018, table 2
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -69,8 +69,8 @@ class SlimmableInvertedResidual(nn.Module):
 class SlimmableMobileNetV2(SlimmableNetwork):
     """MobileNetV2 of any width from one set of weights: every layer uses its first channels.
 
-    Modules have torchvision's names, and its state dicts load. The last 1×1 convolution always has 1280 outputs, and the
-    classifier is not sliced.
+    Modules have torchvision's names, and its state dicts load. The last 1×1 convolution always has 1280 outputs, and
+    the classifier is not sliced.
 
     Args:
         num_classes: Outputs of the classifier; None: no classifier, the 1280 features after pooling come out.
@@ -121,9 +121,10 @@ class SlimmableMobileNetV2(SlimmableNetwork):
         self.features = nn.Sequential(*features)
         self.classifier: nn.Module = nn.Identity()
         if num_classes is not None:
-            self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(_LAST, num_classes))
-            nn.init.normal_(self.classifier[1].weight, 0, 0.01)
-            nn.init.zeros_(self.classifier[1].bias)
+            layer = nn.Linear(_LAST, num_classes)
+            nn.init.normal_(layer.weight, 0, 0.01)
+            nn.init.zeros_(layer.bias)
+            self.classifier = nn.Sequential(nn.Dropout(dropout), layer)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")

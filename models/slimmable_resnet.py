@@ -23,7 +23,9 @@ Norm = Literal["shared", "switchable"]
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-def make_norm(channels: int, norm: Norm, widths: Sequence[float], track_running_stats: bool, **options: Any) -> nn.Module:
+def make_norm(
+    channels: int, norm: Norm, widths: Sequence[float], track_running_stats: bool, **options: Any
+) -> nn.Module:
     """Build the normalisation of a slimmable convolution's output.
 
     Raises:
@@ -128,7 +130,8 @@ class SlimmableResNet(SlimmableNetwork):
             Logits, shape (N, num_classes), or features, of as many dimensions as the last stage has channels.
         """
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for stage in _STAGES:
+            x = self.get_submodule(stage)(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 

@@ -14,6 +14,17 @@ Slicing = Literal["inputs", "full"]
 _EXPANSION = 4
 
 
+class _PatchEmbed(nn.Module):
+    """Patches to tokens."""
+
+    def __init__(self, dim: int, patch_size: int, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.proj = SlimmableConv2d(3, dim, patch_size, patch_size, slice_in=False, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
 class _Attention(nn.Module):
     """Multi-head self-attention; as many heads as there are channels for."""
 
@@ -130,9 +141,9 @@ class SlimmableViT(SlimmableNetwork):
         divisor = dim // heads if narrows else 8  # whole heads
         options: dict[str, Any] = {"slice_out": narrows, "divisor": divisor}
         grid = image_size // patch_size
-        self.image_size, self.num_features = image_size, dim
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = SlimmableConv2d(3, dim, patch_size, patch_size, slice_in=False, **options)
+        self.image_size = image_size
+        self.num_features = dim
+        self.patch_embed = _PatchEmbed(dim, patch_size, options)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=1e-6))
         self.pos_embed = nn.Parameter(sincos_position(grid, grid, dim), requires_grad=learned_position)
         self.blocks = nn.Sequential(*(_Block(dim, heads, options) for _ in range(depth)))
@@ -154,7 +165,8 @@ class SlimmableViT(SlimmableNetwork):
         proj = self.patch_embed.proj
         bound = math.sqrt(6 / (3 * patch_size**2 + proj.out_channels))
         nn.init.uniform_(proj.weight, -bound, bound)
-        nn.init.zeros_(proj.bias)
+        if proj.bias is not None:
+            nn.init.zeros_(proj.bias)
         if isinstance(self.head, SlimmableLinear):
             nn.init.zeros_(self.head.weight)
 
@@ -180,7 +192,7 @@ class SlimmableViT(SlimmableNetwork):
         """
         if x.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(f"x must have shape (N, 3, {self.image_size}, {self.image_size}), got {tuple(x.shape)}")
-        tokens = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
+        tokens = self.patch_embed(x)
         channels = tokens.shape[2]
         tokens = torch.cat([self.cls_token[..., :channels].expand(len(tokens), -1, -1), tokens], 1)
         tokens = self.blocks(tokens + self.pos_embed[..., :channels])

@@ -13,7 +13,7 @@ from gatedkernels.nn.packed import Packed, PackedBasicBlock, PackedBottleneck
 
 NETS: dict[str, dict[str, Any]] = {
     "slimmable_resnet18": {"stem": "cifar", "channels": 32},
-    "slimmable_resnet50": {"stem": "imagenet", "channels": 16},
+    "slimmable_resnet50": {"stem": "cifar", "channels": 16},
     "slimmable_mobilenet_v2": {"stem": "cifar"},
     "slimmable_vit_tiny": {"image_size": 16, "patch_size": 4},
 }

@@ -220,7 +220,7 @@ class PackedResidual(Packed):
                     raise ValueError(f"mask must be on the device of x, {x.device}, got {mask.device}")
 
     def _decide(self, name: str, x: Tensor) -> Tensor | None:
-        gate = self._modules.get(name)
+        gate = self._modules[name]
         return None if gate is None else gate(x)
 
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:

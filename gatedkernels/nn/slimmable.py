@@ -290,7 +290,8 @@ class SlimmableLinear(_SlicedWeight, nn.Linear):
         kind = FirstInputsLinear if self.wide_input else nn.Linear
         layer = kind(ins, outs * self.parts, bias=bias is not None, device="meta").train(self.training)
         layer.weight = _copied(weight[:, :ins])
-        layer.bias = None if bias is None else _copied(bias)
+        if bias is not None:
+            layer.bias = _copied(bias)
         return layer
 
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:

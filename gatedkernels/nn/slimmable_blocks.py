@@ -16,8 +16,8 @@ class SlimmableResidual(nn.Module):
     """What the blocks share: convolutions with normalisations, and a shortcut, under torchvision's names."""
 
     expansion: ClassVar[int]
-    # What `optimize` asks of a block: one without gates is a dense one.
-    gate_names: ClassVar[tuple[str, ...]] = ()
+    # What `optimize` asks of a block, whose dense branch this is: where others have gates.
+    gate_names: ClassVar[tuple[str, ...]]
     group: ClassVar[int] = 1
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm, divisor: int) -> None:
@@ -62,6 +62,7 @@ class SlimmableBasicBlock(SlimmableResidual):
     """
 
     expansion = 1
+    gate_names = ("gate",)
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm, divisor: int = 8) -> None:
         super().__init__(in_channels, out_channels, stride, norm, divisor)
@@ -89,6 +90,7 @@ class SlimmableBottleneck(SlimmableResidual):
     """
 
     expansion = 4
+    gate_names = ("gate1", "gate2")
 
     def __init__(self, in_channels: int, planes: int, stride: int, norm: Norm, divisor: int = 8) -> None:
         out_channels = planes * self.expansion

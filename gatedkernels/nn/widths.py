@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def _sliced(module: nn.Module) -> nn.Module:
     if isinstance(module, Slimmable):
         return module.sliced()
     if hasattr(module, "slice_own"):
-        module.slice_own()  # parameters that belong to no layer
+        cast(Any, module).slice_own()  # parameters that belong to no layer
     for name, child in module.named_children():
         setattr(module, name, _sliced(child))
     return module

@@ -55,7 +55,9 @@ def keep(width: Any, x: Tensor) -> Tensor:
     """Zeros behind the first ``width[n]`` channels of every sample."""
     if width is None:
         return x
-    return torch.where(torch.arange(x.shape[1])[None, :, None, None] < torch.as_tensor(width)[:, None, None, None], x, 0)
+    return torch.where(
+        torch.arange(x.shape[1])[None, :, None, None] < torch.as_tensor(width)[:, None, None, None], x, 0
+    )
 
 
 def definition(in_width: Any, out_width: Any, **options: Any) -> Callable[..., Tensor]:

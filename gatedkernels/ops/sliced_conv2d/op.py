@@ -140,7 +140,7 @@ def _backward_cpu(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The same with the kernel for dx: at stride 1 it is a sliced convolution itself, of dy, with the widths swapped."""
+    """The same with the kernel for dx: at stride 1 it is a sliced convolution itself, of dy, the widths swapped."""
     geometry, dx = (stride, padding, dilation, groups), None
     mirrored = weight.flip(2, 3).transpose(0, 1)
     if tuple(stride) == (1, 1) and not policy.cpu_problem(dy, mirrored, *geometry) and output_mask[0]:
@@ -166,9 +166,7 @@ def _backward_launch(
     launcher: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]] = sliced_conv2d_backward_reference
     if backend != "reference" and x.device.type == "cpu":
         launcher = _backward_cpu if backend == "cpu" else _backward_grouped
-    dx, dweight, dbias = launcher(
-        dy, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask
-    )
+    dx, dweight, dbias = launcher(dy, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask)
     return (
         x.new_empty(0) if dx is None else dx.contiguous(memory_format=arguments.memory_format(x)),
         x.new_empty(0) if dweight is None else dweight.contiguous(),
@@ -203,9 +201,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     *geometry, backend = ctx.options
     needs = ctx.needs_input_grad[:3]
-    gradients = torch.ops.gatedkernels.sliced_conv2d_backward.default(
-        dy, *ctx.saved_tensors, *geometry, needs, backend
-    )
+    gradients = torch.ops.gatedkernels.sliced_conv2d_backward.default(dy, *ctx.saved_tensors, *geometry, needs, backend)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 7
 
 

@@ -1,5 +1,6 @@
 """The definition of ``sliced_conv2d`` with a width for every sample: a gated convolution whose masks are prefixes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,9 +23,17 @@ def sliced_conv2d_reference(
 
 
 def sliced_conv2d_backward_reference(
-    dy: Tensor, x: Tensor, weight: Tensor, in_width: Tensor | None, out_width: Tensor | None, *rest: Any
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    in_width: Tensor | None,
+    out_width: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias; ``rest`` is the geometry and which of them are wanted."""
-    *geometry, output_mask = rest
+    """Gradients of x, weight and bias."""
     masks = prefix(in_width, x.shape[1]), prefix(out_width, weight.shape[0])
-    return gated_conv2d_backward_reference(dy, x, weight, *masks, *geometry, False, output_mask)
+    return gated_conv2d_backward_reference(dy, x, weight, *masks, stride, padding, dilation, groups, False, output_mask)

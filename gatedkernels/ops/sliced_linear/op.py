@@ -14,11 +14,16 @@ from gatedkernels.ops._widths import Width, check_width, equal_widths, put, take
 from gatedkernels.ops.sliced_linear.reference import sliced_linear_backward_reference, sliced_linear_reference
 
 
+def _is_masked(x: Tensor) -> bool:
+    """Whether all samples go together, masked: on a GPU, which must not wait for widths; one token is too few else."""
+    return x.device.type != "cpu" or x.ndim == 2
+
+
 def _launch_dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_width: Tensor | None, out_width: Tensor | None
 ) -> Tensor:
-    """Samples of equal widths together, through PyTorch's dense layer; on a GPU all together, and masked."""
-    if x.device.type != "cpu":
+    """Samples of equal widths together, through PyTorch's dense layer."""
+    if _is_masked(x):
         return sliced_linear_reference(x, weight, bias, in_width, out_width)
     y = torch.zeros((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
     for samples, ins, outs in equal_widths(in_width, out_width, x.shape[0], (x.shape[-1], weight.shape[0])):
@@ -84,8 +89,8 @@ def _backward_launch(
     output_mask: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    by_hand = backend == "reference" or x.device.type != "cpu"
-    launcher = sliced_linear_backward_reference if by_hand else _backward_grouped
+    together = backend == "reference" or _is_masked(x)
+    launcher = sliced_linear_backward_reference if together else _backward_grouped
     gradients = launcher(dy, x, weight, in_width, out_width, output_mask)
     dx, dweight, dbias = (x.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
     return dx, dweight, dbias
