@@ -19,36 +19,36 @@ from gatedkernels.reporting.baselines import check_same
 
 Call = Callable[[], Tensor]
 
+_DIM = {4: 1, 3: 2}  # of the channels: of images, and of tokens
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 # Batch, channels, side of the image, side of the window
 CONVS = [
-    *((16, *case) for case in ((64, 32, 3), (128, 16, 3), (256, 8, 3), (512, 4, 3), (64, 56, 3), (256, 14, 1))),
-    *((4, *case) for case in ((64, 32, 3), (128, 16, 3), (256, 8, 3), (512, 4, 3))),
+    *((16, 64, 32, 3), (16, 128, 16, 3), (16, 256, 8, 3), (16, 512, 4, 3)),
+    *((16, 64, 56, 3), (16, 256, 14, 3), (16, 256, 14, 1), (16, 512, 7, 3)),
+    *((4, 64, 32, 3), (4, 128, 16, 3), (4, 256, 8, 3), (4, 512, 4, 3)),
 ]
 # Batch, tokens, inputs, units
 LINEARS = [(4, 65, 192, 768), (16, 65, 192, 768), (16, 197, 384, 1536), (16, 197, 1536, 384), (16, 16, 384, 1536)]
 NETWORKS = ("slimmable_resnet18", "slimmable_resnet50", "slimmable_mobilenet_v2")
 
 
-def by_samples(run: Callable[..., Tensor], y: Tensor, x: Tensor, ins: list[int], outs: list[int]) -> Tensor:
-    """Each sample by itself, through PyTorch."""
-    y.zero_()
+def by_samples(run: Callable[..., Tensor], x: Tensor, y: Tensor, ins: list[int], outs: list[int]) -> Tensor:
+    """Each sample by itself, through PyTorch, into zeros like y; ``run(x, o, i)`` computes o channels from i."""
+    y = torch.zeros_like(y)
     for n in range(len(x)):
-        run(y[n : n + 1], x[n : n + 1], ins[n], outs[n])
+        y.narrow(_DIM[y.ndim], 0, outs[n])[n : n + 1] = run(x[n : n + 1], outs[n], ins[n])
     return y
 
 
-def by_groups(run: Callable[..., Tensor], y: Tensor, x: Tensor, ins: list[int], outs: list[int]) -> Tensor:
-    """Samples of equal widths together, gathered and scattered, through PyTorch."""
-    y.zero_()
+def by_groups(run: Callable[..., Tensor], x: Tensor, y: Tensor, ins: list[int], outs: list[int]) -> Tensor:
+    """Samples of equal widths together, gathered and scattered, through PyTorch, into zeros like y."""
+    y = torch.zeros_like(y)
     groups: dict[tuple[int, int], list[int]] = {}
     for n, pair in enumerate(zip(ins, outs, strict=True)):
         groups.setdefault(pair, []).append(n)
     for (i, o), members in groups.items():
-        at = torch.tensor(members)
-        part = torch.empty_like(y[at])
-        run(part, x[at], i, o)
-        y[at] = part
+        at, dim = torch.tensor(members), _DIM[y.ndim]
+        y.narrow(dim, 0, o)[at] = run(x.narrow(dim, 0, i)[at], o, i)
     return y
 
 
@@ -58,33 +58,31 @@ def conv_calls(batch: int, channels: int, size: int, window: int) -> dict[str, C
     x = torch.randn(batch, channels, size, size).contiguous(memory_format=form)
     weight = torch.randn(channels, channels, window, window).contiguous(memory_format=form)
     widths = [make_divisible(channels * WIDTHS[n % len(WIDTHS)]) for n in range(batch)]
-    each, y = torch.tensor(widths), torch.empty_like(x)
+    each = torch.tensor(widths)
 
-    def write(y: Tensor, x: Tensor, ins: int, outs: int) -> None:
-        y[:, :outs] = conv2d(x[:, :ins], weight[:outs, :ins], padding=window // 2)
-        y[:, outs:] = 0
+    def run(x: Tensor, outs: int, ins: int) -> Tensor:
+        return conv2d(x[:, :ins], weight[:outs, :ins], padding=window // 2)
 
     return {
         "ours": lambda: gk.sliced_conv2d(x, weight, None, each, each, padding=window // 2),
-        "samples": lambda: by_samples(write, y, x, widths, widths),
-        "groups": lambda: by_groups(write, y, x, widths, widths),
+        "samples": lambda: by_samples(run, x, x, widths, widths),
+        "groups": lambda: by_groups(run, x, x, widths, widths),
     }
 
 
 def linear_calls(batch: int, tokens: int, inputs: int, units: int) -> dict[str, Call]:
     """A linear layer with a width for every sample, three ways that compute the same."""
-    x, weight = torch.randn(batch, tokens, inputs), torch.randn(units, inputs)
+    x, weight, y = torch.randn(batch, tokens, inputs), torch.randn(units, inputs), torch.empty(batch, tokens, units)
     ins, outs = ([make_divisible(c * WIDTHS[n % len(WIDTHS)]) for n in range(batch)] for c in (inputs, units))
-    each_in, each_out, y = torch.tensor(ins), torch.tensor(outs), torch.empty(batch, tokens, units)
+    each_in, each_out = torch.tensor(ins), torch.tensor(outs)
 
-    def write(y: Tensor, x: Tensor, ins: int, outs: int) -> None:
-        y[..., :outs] = linear(x[..., :ins], weight[:outs, :ins])
-        y[..., outs:] = 0
+    def run(x: Tensor, outs: int, ins: int) -> Tensor:
+        return linear(x[..., :ins], weight[:outs, :ins])
 
     return {
         "ours": lambda: gk.sliced_linear(x, weight, None, each_in, each_out),
-        "samples": lambda: by_samples(write, y, x, ins, outs),
-        "groups": lambda: by_groups(write, y, x, ins, outs),
+        "samples": lambda: by_samples(run, x, y, ins, outs),
+        "groups": lambda: by_groups(run, x, y, ins, outs),
     }
 
 

@@ -78,6 +78,8 @@ def check_convolutions(
         check("conv_in_cpu", x, filters, bias, *in_plan, stride)
         for masks in ((None, None), (in_mask, None), (None, out_mask), (in_mask, out_mask)):
             check("gated_conv2d_cpu", x, filters, bias, *masks, stride)
+        widths = in_mask.sum(1, dtype=torch.int32), out_mask.sum(1, dtype=torch.int32)
+        check("sliced_conv2d_cpu", x, filters, bias, *widths, stride)
     blocks = pack_blocks(weight)
     for masks in ((None, None), (in_mask, None), (None, out_mask), (in_mask, out_mask)):
         check("packed_conv2d", x, blocks, bias, *masks, residual, k, stride, True)
@@ -96,6 +98,13 @@ def check_blocks(n: int, c: int, k: int, h: int, w: int, stride: int, form: str,
         check("packed_block", x, *weights, None, None, mask, rest, stride)
         tiles = pack_tile_rows(weight1) if stride == 1 else None, pack_tile_blocks(weight2)
         check("packed_block", x, *weights, *tiles, mask, rest, stride)
+
+
+def check_linears(n: int, c: int, k: int, tokens: int, density: float) -> None:
+    """Linear layers with a width for every sample."""
+    x, weight, bias = torch.randn(n, tokens, c), torch.randn(k, c), torch.randn(k)
+    widths = [(torch.rand(n, most) < density).sum(1, dtype=torch.int32) for most in (c, k)]
+    check("sliced_linear_cpu", x, weight, bias, *widths)
 
 
 def check_stems(n: int, c: int, k: int, h: int, w: int) -> None:
@@ -122,6 +131,7 @@ def main() -> None:
             for side in (1, 3):
                 check_convolutions(n, c, k, h, w, side, stride, form, density)
             check_blocks(n, c, k, h, w, stride, form, density)
+            check_linears(n, c, k, h * w, density)
     print("whole")
 
 
