@@ -168,14 +168,14 @@ class US3L(pl.LightningModule):
             self.manual_backward(loss + self._penalty(epoch, with_auxiliary=i > 0))
             if i + 1 == len(widths) or not self.options.sum_gradients:
                 # Lightning counts one step an iteration, whatever the number of widths.
-                (self.optimizers() if i + 1 == len(widths) else optimizer).step()  # type: ignore[union-attr]
+                (self.optimizers() if i + 1 == len(widths) else optimizer).step()
                 optimizer.zero_grad()
         set_width(self.backbone, 1.0)
         set_width(self.head, 1.0)
         return losses
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return self.optimizers(use_pl_optimizer=False)  # type: ignore[return-value]
+        return self.optimizers(use_pl_optimizer=False)
 
     def _base_loss(self, embeddings: Sequence[Tensor], taught: Sequence[Tensor]) -> Tensor:
         first, second = embeddings
