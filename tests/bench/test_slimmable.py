@@ -22,7 +22,7 @@ def test_networks():
 
 @torch.inference_mode()
 def test_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(slimmable, "CONVS", [(2, 8, 4, 3)])
-    monkeypatch.setattr(slimmable, "LINEARS", [(2, 3, 8, 16)])
+    monkeypatch.setattr(slimmable, "CONVS", [(2, 16, 4, 3)])
+    monkeypatch.setattr(slimmable, "LINEARS", [(2, 3, 16, 32)])
     slimmable.main(["--seconds", "0"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["conv", "linear"]

@@ -8,7 +8,13 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import gatedkernels as gk
-from gatedkernels.models import create_model, slimmable_mobilenet_v2, slimmable_resnet18, slimmable_vit_tiny
+from gatedkernels.models import (
+    create_model,
+    list_models,
+    slimmable_mobilenet_v2,
+    slimmable_resnet18,
+    slimmable_vit_tiny,
+)
 from gatedkernels.nn import Slimmable, SwitchableBatchNorm2d, count_flops
 
 NAMES = ("slimmable_resnet18", "slimmable_resnet34", "slimmable_resnet50", "slimmable_mobilenet_v2")
@@ -34,6 +40,10 @@ IMAGENET = {
     "slimmable_resnet50": [(1.0, 4089), (0.75, 2323), (0.5, 1052), (0.25, 278)],
     "slimmable_mobilenet_v2": [(1.0, 301), (0.75, 209), (0.5, 97), (0.35, 59)],
 }
+
+
+def test_every_slimmable_model_is_tested():
+    assert {name for name in list_models() if name.startswith("slimmable_")} == {*NAMES, *VITS}
 
 
 def small(name: str, **options: Any) -> nn.Module:
