@@ -9,8 +9,29 @@ if (_CHECKOUT / "models").is_dir() and (_CHECKOUT / "csrc").is_dir():
     # In a checkout, models/ and training/ lie beside this folder; installed, they lie inside it.
     __path__.append(str(_CHECKOUT))
 
-from gatedkernels.nn import ChannelGate, Gate, GatedConv2d, GatedLinear, count_flops, fix_gates
-from gatedkernels.ops import conv_in, conv_out, gated_block, gated_conv2d, gated_linear, plan
+from gatedkernels.nn import (
+    ChannelGate,
+    Gate,
+    GatedConv2d,
+    GatedLinear,
+    SlimmableConv2d,
+    SlimmableLinear,
+    calibrate_norms,
+    count_flops,
+    fix_gates,
+    slice,
+    width,
+)
+from gatedkernels.ops import (
+    conv_in,
+    conv_out,
+    gated_block,
+    gated_conv2d,
+    gated_linear,
+    plan,
+    sliced_conv2d,
+    sliced_linear,
+)
 
 if TYPE_CHECKING:
     from gatedkernels import models, nn
@@ -26,7 +47,10 @@ __all__ = [
     "Gate",
     "GatedConv2d",
     "GatedLinear",
+    "SlimmableConv2d",
+    "SlimmableLinear",
     "calibrate",
+    "calibrate_norms",
     "conv_in",
     "conv_out",
     "count_flops",
@@ -40,6 +64,10 @@ __all__ = [
     "optimize",
     "plan",
     "report",
+    "slice",
+    "sliced_conv2d",
+    "sliced_linear",
+    "width",
 ]
 
 # Loaded when first asked for: they build on the names above.

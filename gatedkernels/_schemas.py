@@ -27,6 +27,13 @@ SCHEMAS = (
     " str backend, float threshold) -> Tensor",
     "gated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? in_mask, Tensor? out_mask,"
     " bool dense_input_grad, bool[3] output_mask, str backend, float threshold) -> (Tensor, Tensor, Tensor)",
+    f"sliced_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? in_width, Tensor? out_width, {_GEOMETRY},"
+    " SymInt groups, str backend) -> Tensor",
+    f"sliced_conv2d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? in_width, Tensor? out_width, {_GEOMETRY},"
+    " SymInt groups, bool[3] output_mask, str backend) -> (Tensor, Tensor, Tensor)",
+    "sliced_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_width, Tensor? out_width, str backend) -> Tensor",
+    "sliced_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? in_width, Tensor? out_width,"
+    " bool[3] output_mask, str backend) -> (Tensor, Tensor, Tensor)",
     # The compiled kernels behind the launchers of the same stem, and those that `optimize` calls with packed weights.
     "plan_cpu(Tensor mask) -> (Tensor, Tensor)",
     "plan_cuda(Tensor mask) -> (Tensor, Tensor)",
@@ -35,6 +42,9 @@ SCHEMAS = (
     "gated_conv2d_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask, SymInt stride,"
     " float threshold=2.0) -> Tensor",
     "gated_linear_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask) -> Tensor",
+    "sliced_conv2d_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? in_width, Tensor? out_width, int stride)"
+    " -> Tensor",
+    "sliced_linear_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? in_width, Tensor? out_width) -> Tensor",
     "gated_conv2d_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask,"
     " int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     "gated_block_cpu(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"

@@ -7,7 +7,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gatedkernels.nn import Branch, GatedBasicBlock, GatedBottleneck, GatedConv2d, check_branch
+from gatedkernels.nn import (
+    Branch,
+    GatedBasicBlock,
+    GatedBottleneck,
+    GatedConv2d,
+    SlimmableBasicBlock,
+    SlimmableBottleneck,
+    SlimmableNetwork,
+    check_branch,
+    is_slimmable,
+)
+from gatedkernels.nn import slice as slice_network
 from gatedkernels.nn.packed import Packed, PackedBasicBlock, PackedBottleneck, PackedConv2d, PackedGatedConv2d
 from gatedkernels.nn.packed_stem import PackedPool, PackedStem
 
@@ -39,13 +50,32 @@ PACKERS: dict[type[nn.Module], Callable[[Any, Branch], Packed]] = {
     GatedBasicBlock: PackedBasicBlock,
     GatedBottleneck: PackedBottleneck,
     GatedConv2d: lambda conv, branch: PackedGatedConv2d(conv),
+    # Cut to their width; without gates there is one branch.
+    SlimmableBasicBlock: lambda block, branch: PackedBasicBlock(block, "dense"),
+    SlimmableBottleneck: lambda block, branch: PackedBottleneck(block, "dense"),
 }
+
+
+def _fold_sequence(layers: nn.Sequential) -> None:
+    """Fold normalisations that follow convolutions, as MobileNet has them, and a ReLU behind."""
+    for i in range(len(layers) - 1):
+        conv, norm = layers[i], layers[i + 1]
+        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+            has_relu = i + 2 < len(layers) and type(layers[i + 2]) is nn.ReLU
+            options: dict[str, Any] = {"norm": norm, "relu": has_relu}
+            layers[i] = (
+                PackedStem(conv, pool=False, **options) if PackedStem.serves(conv) else PackedConv2d(conv, **options)
+            )
+            for j in range(i + 1, i + 2 + has_relu):
+                layers[j] = nn.Identity()
 
 
 def _pack(module: nn.Module, branch: Branch) -> nn.Module:
     """The packed form of a module; others keep theirs, with packed children."""
     if type(module) in PACKERS:
         return PACKERS[type(module)](module, branch)
+    if type(module) is nn.Sequential:
+        _fold_sequence(module)
     for name, child in module.named_children():
         setattr(module, name, _pack(child, branch))
     return module
@@ -89,9 +119,10 @@ def optimize(model: nn.Module, example: Tensor, branch: Branch = "gated") -> nn.
         raise ValueError("model must be in evaluation mode, got one in training: call model.eval() first")
     if any(isinstance(module, Packed) for module in model.modules()):
         raise ValueError("model must be an original one, got one that is optimised already")
-    if not any(type(module) in PACKERS for module in model.modules()):
-        raise ValueError(f"model must hold gated modules, got {type(model).__name__} without")
-    fast = copy.deepcopy(model)
+    served = isinstance(model, SlimmableNetwork) or any(type(module) in PACKERS for module in model.modules())
+    if not served:
+        raise ValueError(f"model must hold gated modules, or be a slimmable network, got {type(model).__name__}")
+    fast = slice_network(model) if is_slimmable(model) else copy.deepcopy(model)
     with torch.no_grad():
         _fold_outside(fast)
         fast = _pack(fast, branch)

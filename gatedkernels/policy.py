@@ -120,6 +120,14 @@ def cpu_problem(
     return f"serves dilation 1 and groups 1, got dilation {tuple(dilation)} and groups {groups}"
 
 
+def output_pixels(x: Tensor, stride: Sequence[int]) -> int:
+    """Output pixels of the whole batch, where windows are padded by half their size."""
+    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
+    if torch.compiler.is_compiling() or not isinstance(pixels, int):
+        return 1 << 20  # one graph for batches of any size: take them for large ones
+    return pixels
+
+
 def choose(
     kernel: str,
     x: Tensor,
@@ -132,12 +140,10 @@ def choose(
     """The backend for this call of a kernel; looks at shapes, strides, dtypes and devices, never at values."""
     if cpu_problem(x, weight, stride, padding, dilation, groups) is not None:
         return Choice("dense", 1.0)
-    samples, _, height, width = x.shape
-    pixels = samples * -(-height // stride[0]) * -(-width // stride[1])
+    pixels = output_pixels(x, stride)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    if torch.compiler.is_compiling() or not isinstance(pixels, int):
-        pixels = 1 << 20  # one graph for batches of any size: take them for large ones
-    elif table := measured(torch.get_num_threads()):
+    table = {} if torch.compiler.is_compiling() else measured(torch.get_num_threads())
+    if table:
         kind, channels = thresholds.kind(kernel, weight, channels_last), thresholds.channel_class(weight)
         known = thresholds.find(table, kind, channels, thresholds.pixel_class(pixels))
         if known is not None:
@@ -193,3 +199,27 @@ def choose_linear(x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) ->
     if out_mask is None and rows < LINEAR_LEAST_PACKED:
         threshold = min(threshold, 0.3)
     return Choice("cpu", threshold)
+
+
+# With a width for every sample: the fewest output pixels of the batch for which packing the filters, once for all
+# samples, pays; below it PyTorch's convolution serves, for groups of equal width.
+SLICED_LEAST = 512
+
+
+def choose_sliced(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str:
+    """The backend for a convolution with a width for every sample; looks at shapes, dtypes and devices."""
+    if cpu_problem(x, weight, stride, padding, dilation, groups) is not None:
+        return "dense"
+    return "dense" if output_pixels(x, stride) < SLICED_LEAST else "cpu"
+
+
+def choose_sliced_linear(x: Tensor) -> str:
+    """The backend for a linear layer with a width for every sample."""
+    return "dense" if x.ndim == 2 or linear_problem(x) is not None else "cpu"

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from gatedkernels.nn import SlimmableLinear
+
 
 class Expander(nn.Module):
     """Three linear layers of equal width, batch-normalised and rectified in between (VICReg, 2022, section 4.2).
@@ -26,3 +28,38 @@ class Expander(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map features of shape (N, in_features) to embeddings of shape (N, out_features)."""
         return self.layers(features)
+
+
+class SlimmableProjector(nn.Module):
+    """Three linear layers, batch-normalised and rectified in between; the first reads as many features as there are.
+
+    Only its inputs narrow with the width; everything else serves all widths (US3L, 2023).
+
+    Args:
+        in_features: Width of the backbone's features at full width.
+        hidden: Width of the hidden layers.
+        out_features: Width of the embeddings.
+    """
+
+    def __init__(self, in_features: int, hidden: int, out_features: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            SlimmableLinear(in_features, hidden, slice_out=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, out_features),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features of the present width to embeddings of shape (N, out_features)."""
+        return self.layers(features)
+
+
+def two_layers(features: int, hidden: int) -> nn.Sequential:
+    """Build a predictor or distillation head: linear without bias, batch normalisation, ReLU, linear."""
+    return nn.Sequential(
+        nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, features)
+    )

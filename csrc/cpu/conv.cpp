@@ -16,10 +16,11 @@ int64_t band(int64_t height, int64_t pieces, double operations_a_row) {
 
 namespace {
 
-// Writes NHWC pixels of all output channels; null plan: every input channel.
+// Writes NHWC pixels of all output channels; null plan: every input channel. With widths a sample's output channels
+// beyond its own are zero, and whole blocks of them cost nothing else.
 Tensor run_in(const Tensor& x, const float* blocks, const float* bias, int64_t out_channels, int64_t taps,
               const Plan* plan, bool gathered, const bool* out_mask, const MaybeTensor& residual, int64_t stride,
-              bool relu) {
+              bool relu, const Plan* out_width = nullptr) {
   const Geometry size = geometry(x, taps, stride);
   const int64_t N = x.size(0), K = out_channels, pixels = int64_t{size.OH} * size.OW;
   Tensor y = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
@@ -34,11 +35,17 @@ Tensor run_in(const Tensor& x, const float* blocks, const float* bias, int64_t o
   in_order(N * count_blocks * bands, [&](int64_t item) {
     const int64_t n = item / (count_blocks * bands), block = item / bands % count_blocks, row = item % bands * rows;
     const int64_t end = std::min<int64_t>(row + rows, size.OH), image = n * pixels * K;
-    kernels_for(K).in_rows(conv, in + n * x.stride(0), plan ? plan->list(n) : nullptr, plan ? plan->count[n] : conv.C,
-                           static_cast<int>(block), static_cast<int>(block + 1), static_cast<int>(row),
-                           static_cast<int>(end), skip ? skip + image : nullptr, out + image);
-    if (!out_mask) return;
     const int64_t from = block * kBlock, to = std::min<int64_t>(from + kBlock, K);
+    const int64_t width = out_width ? std::clamp<int64_t>(out_width->count[n], from, to) : to;
+    if (from < width) {
+      kernels_for(K).in_rows(conv, in + n * x.stride(0), plan ? plan->list(n) : nullptr, plan ? plan->count[n] : conv.C,
+                             static_cast<int>(block), static_cast<int>(block + 1), static_cast<int>(row),
+                             static_cast<int>(end), skip ? skip + image : nullptr, out + image);
+    }
+    for (int64_t p = row * size.OW; width < to && p < end * size.OW; ++p) {
+      std::memset(out + image + p * K + width, 0, (to - width) * sizeof(float));
+    }
+    if (!out_mask) return;
     for (int64_t p = row * size.OW; p < end * size.OW; ++p) {
       for (int64_t k = from; k < to; ++k) out[image + p * K + k] = out_mask[n * K + k] ? out[image + p * K + k] : 0.0f;
     }
@@ -168,6 +175,20 @@ Tensor gated_conv2d(const Tensor& given_x, const Tensor& weight, const MaybeTens
   return out_gated(open_channels(given_x, in_mask), floats(rows), K, taps, floats(b), plan, stride, layout);
 }
 
+Tensor sliced_conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& in_width,
+                     const MaybeTensor& out_width, int64_t stride) {
+  check_float(x, 4), check_float(weight, 4);
+  const MaybeTensor b = row_major(bias);
+  const int64_t N = x.size(0), K = weight.size(0);
+  const auto prefix = [&](const MaybeTensor& width, int64_t channels) {
+    return width ? std::optional<Plan>(std::in_place, *width, N, channels) : std::nullopt;
+  };
+  const std::optional<Plan> ins = prefix(in_width, x.size(1)), outs = prefix(out_width, K);
+  const Tensor blocks = weight_blocks(weight, ins ? &*ins : nullptr, outs ? outs->most() : K);
+  return run_in(x, floats(blocks), floats(b), K, weight.size(2), ins ? &*ins : nullptr, false, nullptr, std::nullopt,
+                stride, false, outs ? &*outs : nullptr);
+}
+
 Tensor packed_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, const MaybeTensor& in_mask,
                      const MaybeTensor& out_mask, const MaybeTensor& given_residual, int64_t out_channels,
                      int64_t stride, bool relu) {
@@ -193,5 +214,6 @@ STABLE_TORCH_LIBRARY_IMPL(gatedkernels, CPU, m) {
   m.impl("conv_in_cpu", TORCH_BOX(&gatedkernels::conv_in));
   m.impl("conv_out_cpu", TORCH_BOX(&gatedkernels::conv_out));
   m.impl("gated_conv2d_cpu", TORCH_BOX(&gatedkernels::gated_conv2d));
+  m.impl("sliced_conv2d_cpu", TORCH_BOX(&gatedkernels::sliced_conv2d));
   m.impl("packed_conv2d", TORCH_BOX(&gatedkernels::packed_conv2d));
 }

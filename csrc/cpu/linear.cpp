@@ -80,7 +80,7 @@ void pack_panel(const Weights& weight, const int32_t* units, int64_t first, int6
   }
 }
 
-// Inputs that some sample reads, ascending.
+// Inputs that some sample reads, ascending, of a plan with a list.
 std::vector<int32_t> used_inputs(const Plan& plan) {
   std::vector<uint8_t> used(plan.channels, 0);
   for (int64_t n = 0; n < plan.samples; ++n) {
@@ -93,15 +93,16 @@ std::vector<int32_t> used_inputs(const Plan& plan) {
   return list;
 }
 
-// All panels, (K / kBlock, C, kBlock), filled in where an input is used.
-float* pack_panels(const Weights& weight, const Plan* plan) {
-  const int64_t blocks = ceil_div(weight.K, kBlock), C = weight.C;
+// The panels of the first `units` units, (units / kBlock, C, kBlock), filled in where an input is used.
+float* pack_panels(const Weights& weight, const Plan* plan, int64_t units) {
+  const int64_t blocks = ceil_div(units, kBlock), C = weight.C;
   float* const panels = scratch(Use::kPanels, blocks * C * kBlock);
-  const std::vector<int32_t> used = plan ? used_inputs(*plan) : std::vector<int32_t>();
+  const bool listed = plan && plan->index;
+  const std::vector<int32_t> used = listed ? used_inputs(*plan) : std::vector<int32_t>();
   // Whole rows are transposed in registers, which is faster than one column after another.
-  const bool some = plan && static_cast<int64_t>(used.size()) < (weight.input_step == 1 ? C / 4 : C);
+  const bool some = listed && static_cast<int64_t>(used.size()) < (weight.input_step == 1 ? C / 4 : C);
   constexpr int64_t kTogether = 128;
-  const int64_t inputs = some ? used.size() : C, strips = ceil_div(inputs, kTogether);
+  const int64_t inputs = some ? used.size() : plan && !listed ? plan->most() : C, strips = ceil_div(inputs, kTogether);
   torch::stable::parallel_for(0, blocks * strips, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / strips * kBlock, units = std::min<int64_t>(kBlock, weight.K - first);
@@ -125,15 +126,22 @@ int64_t token_bands(int64_t tokens, int64_t pieces, int64_t least) {
   return std::max(ceil_div(tokens, kMostTokens), std::min(wanted, std::max<int64_t>(tokens / least, 1)));
 }
 
-// Every output from the open inputs.
-void run_in(const Tensor& x, const Weights& weight, const float* bias, const Plan* plan, float* y) {
+// Every output from the open inputs; with widths a sample's units beyond its own are zero, and whole panels of them cost
+// nothing else.
+void run_in(const Tensor& x, const Weights& weight, const float* bias, const Plan* plan, const Plan* out_width,
+            float* y) {
   const int64_t N = x.size(0), T = x.size(1), C = weight.C, K = weight.K;
-  const float* const panels = pack_panels(weight, plan);
+  const float* const panels = pack_panels(weight, plan, out_width ? out_width->most() : K);
   const int64_t blocks = ceil_div(K, kBlock), bands = token_bands(T, N * blocks, 24);
   const float* in = floats(x);
   in_order(N * blocks * bands, [&](int64_t item) {
     const int64_t n = item / (blocks * bands), first = item / bands % blocks * kBlock, band = item % bands;
-    const int64_t from = T * band / bands, to = T * (band + 1) / bands, units = std::min<int64_t>(kBlock, K - first);
+    const int64_t from = T * band / bands, to = T * (band + 1) / bands, written = std::min<int64_t>(kBlock, K - first);
+    const int64_t units = out_width ? std::clamp<int64_t>(out_width->count[n] - first, 0, written) : written;
+    for (int64_t t = from; units < written && t < to; ++t) {
+      std::memset(y + (n * T + t) * K + first + units, 0, (written - units) * sizeof(float));
+    }
+    if (units == 0) return;
     const std::array<float, kBlock> values = panel_bias(bias, nullptr, first, units);
     LinearPanel job = {};
     job.x = in + (n * T + from) * C, job.x_step = C, job.tokens = static_cast<int>(to - from);
@@ -264,11 +272,29 @@ Tensor gated_linear(const Tensor& given_x, const Tensor& weight, const MaybeTens
   if (out_mask) {
     run_out(x, Weights(weight), floats(b), ins ? &*ins : nullptr, Plan(*out_mask), out);
   } else {
-    run_in(x, Weights(weight), floats(b), ins ? &*ins : nullptr, out);
+    run_in(x, Weights(weight), floats(b), ins ? &*ins : nullptr, nullptr, out);
   }
+  return y;
+}
+
+Tensor sliced_linear(const Tensor& given_x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& in_width,
+                     const MaybeTensor& out_width) {
+  check_float(given_x, 3), check_float(weight, 2);
+  const Tensor x = row_major(given_x);
+  const MaybeTensor b = row_major(bias);
+  const int64_t N = x.size(0), T = x.size(1), C = x.size(2), K = weight.size(0);
+  STD_TORCH_CHECK(weight.size(1) == C, "x and weight have as many inputs");
+  Tensor y = empty({N, T, K});
+  if (y.numel() == 0) return y;
+  const std::optional<Plan> ins = in_width ? std::optional<Plan>(std::in_place, *in_width, N, C) : std::nullopt;
+  const std::optional<Plan> outs = out_width ? std::optional<Plan>(std::in_place, *out_width, N, K) : std::nullopt;
+  run_in(x, Weights(weight), floats(b), ins ? &*ins : nullptr, outs ? &*outs : nullptr, y.mutable_data_ptr<float>());
   return y;
 }
 
 }  // namespace gatedkernels
 
-STABLE_TORCH_LIBRARY_IMPL(gatedkernels, CPU, m) { m.impl("gated_linear_cpu", TORCH_BOX(&gatedkernels::gated_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(gatedkernels, CPU, m) {
+  m.impl("gated_linear_cpu", TORCH_BOX(&gatedkernels::gated_linear));
+  m.impl("sliced_linear_cpu", TORCH_BOX(&gatedkernels::sliced_linear));
+}

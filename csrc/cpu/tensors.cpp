@@ -1,6 +1,8 @@
 #include "tensors.h"
 
 #include <algorithm>
+#include <cstring>
+#include <functional>
 
 namespace gatedkernels {
 
@@ -60,6 +62,21 @@ Plan::Plan(const Tensor& given_index, const Tensor& given_count, int64_t samples
   }
 }
 
+Plan::Plan(const Tensor& width, int64_t samples_, int64_t channels_)
+    : samples(samples_), channels(channels_), index(nullptr) {
+  STD_TORCH_CHECK(width.scalar_type() == ScalarType::Int && width.is_cpu() && width.dim() == 1 &&
+                      width.size(0) == samples,
+                  "widths are int32, one for every sample, on the CPU");
+  const Tensor packed = row_major(width);
+  const int32_t* from = packed.const_data_ptr<int32_t>();
+  for (int64_t n = 0; n < samples; ++n) {
+    own_count.push_back(std::clamp<int32_t>(from[n], 0, static_cast<int32_t>(channels)));
+  }
+  count = own_count.data();
+}
+
+int64_t Plan::most() const { return samples ? *std::max_element(count, count + samples) : 0; }
+
 Geometry geometry(const Tensor& x, int64_t taps, int64_t stride) {
   Geometry g;
   g.H = static_cast<int>(x.size(2));
@@ -71,9 +88,12 @@ Geometry geometry(const Tensor& x, int64_t taps, int64_t stride) {
   return g;
 }
 
+constexpr int64_t kTogether = 16;  // channels that are packed at a time
+
 std::vector<uint8_t> used_channels(const Plan& plan) {
   std::vector<uint8_t> used(plan.channels, 0);
-  for (int64_t n = 0; n < plan.samples; ++n) {
+  if (!plan.index) std::fill_n(used.begin(), plan.most(), 1);
+  for (int64_t n = 0; plan.index && n < plan.samples; ++n) {
     for (int32_t j = 0; j < plan.count[n]; ++j) used[plan.list(n)[j]] = 1;
   }
   return used;
@@ -102,20 +122,48 @@ Tensor weight_rows(const Tensor& weight, const Plan& plan) {
   return packed;
 }
 
-Tensor weight_blocks(const Tensor& weight, const Plan* plan) {
-  const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), T = weight.size(3), taps = S * T;
+// Channels [first, last) of the kBlock filters from k on, whose rows in memory run along the channels or the taps, to
+// rows of kBlock: transposed in registers.
+void transpose_filters(const Tensor& weight, int64_t k, int64_t first, int64_t last, float* to) {
+  const int64_t taps = weight.size(2) * weight.size(3), T = weight.size(3), sc = weight.stride(1);
+  const float* rows[kBlock];
+  const auto point = [&](int64_t offset) {
+    for (int64_t l = 0; l < kBlock; ++l) rows[l] = floats(weight) + (k + l) * weight.stride(0) + offset;
+  };
+  if (sc == taps) {
+    point(first * sc);
+    kernels().gather_rows(rows, (last - first) * taps, to);
+    return;
+  }
+  float tap[kTogether * kBlock];
+  for (int64_t t = 0; t < taps; ++t) {
+    point(first + t / T * weight.stride(2) + t % T * weight.stride(3));
+    kernels().gather_rows(rows, last - first, tap);
+    for (int64_t c = 0; c < last - first; ++c) {
+      std::memcpy(to + (c * taps + t) * kBlock, tap + c * kBlock, kBlock * sizeof(float));
+    }
+  }
+}
+
+Tensor weight_blocks(const Tensor& weight, const Plan* plan, int64_t most) {
+  const int64_t K = std::min(weight.size(0), most), C = weight.size(1), S = weight.size(2), T = weight.size(3);
+  const int64_t taps = S * T, blocks = ceil_div(K, kBlock), strips = ceil_div(C, kTogether);
   const std::vector<uint8_t> used = plan ? used_channels(*plan) : std::vector<uint8_t>(C, 1);
-  const int64_t blocks = ceil_div(K, kBlock);
   Tensor packed = empty({blocks, C, S, T, kBlock});
   const float* from = floats(weight);
   float* to = packed.mutable_data_ptr<float>();
   const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
+  const bool in_rows = sc == 1 || (sc == taps && sr == T && ss == 1);
   // Filter by filter, some channels at a time: reads run along the filter, writes stay in the first-level cache.
-  constexpr int64_t kTogether = 16;
-  const int64_t strips = ceil_div(C, kTogether);
   torch::stable::parallel_for(0, blocks * strips, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / strips, first = i % strips * kTogether, last = std::min(first + kTogether, C);
+      const bool all = std::all_of(used.begin() + first, used.begin() + last, std::identity());
+      const bool whole = all && (block + 1) * kBlock <= K;
+      if (in_rows && whole) {
+        transpose_filters(weight, block * kBlock, first, last, to + (block * C + first) * taps * kBlock);
+        continue;
+      }
       for (int64_t l = 0; l < kBlock; ++l) {
         const int64_t k = block * kBlock + l;
         for (int64_t c = first; c < last; ++c) {

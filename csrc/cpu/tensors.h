@@ -61,7 +61,8 @@ void in_order(int64_t total, const Item& item) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The active channels of every sample, and how many they are.
+// The active channels of every sample, and how many they are. A sample's width is a plan without a list: its active
+// channels are the first ones, 0, 1, …, count - 1, which null lists stand for everywhere.
 struct Plan {
   int64_t samples, channels;
   std::vector<int32_t> own_index, own_count;
@@ -69,16 +70,19 @@ struct Plan {
 
   explicit Plan(const Tensor& mask);                                            // bool (N, C)
   Plan(const Tensor& index, const Tensor& count, int64_t samples, int64_t channels);  // as `plan` returns them
+  Plan(const Tensor& width, int64_t samples, int64_t channels);                       // int32 (N,)
 
-  const int32_t* list(int64_t sample) const { return index + sample * channels; }
+  const int32_t* list(int64_t sample) const { return index ? index + sample * channels : nullptr; }
+  int64_t most() const;  // active channels of the widest sample
 };
 
 Geometry geometry(const Tensor& x, int64_t taps, int64_t stride);
 
 // Weights in the two layouts of kernels.h, made from (K, C, S, S) of any strides, filled in where the plan has active
 // channels: output channels of rows, input channels of blocks (all, without a plan).
-Tensor weight_rows(const Tensor& weight, const Plan& plan);           // (K, S, S, C): the tensor, channels-last
-Tensor weight_blocks(const Tensor& weight, const Plan* plan);  // (K / kBlock, C, S, S, kBlock)
+Tensor weight_rows(const Tensor& weight, const Plan& plan);    // (K, S, S, C): the tensor, channels-last
+// (K / kBlock, C, S, S, kBlock), of the first `most` output channels
+Tensor weight_blocks(const Tensor& weight, const Plan* plan, int64_t most = INT64_MAX);
 
 InConv in_conv(const Tensor& x, const Geometry& size, const float* blocks, const float* bias, int64_t out_channels,
                bool gathered, bool relu);

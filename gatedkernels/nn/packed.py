@@ -18,6 +18,7 @@ from gatedkernels.nn.gate import ChannelGate, Gate
 from gatedkernels.nn.gated_conv import GatedConv2d
 from gatedkernels.nn.masks import check_mask, spread
 from gatedkernels.nn.pages import on_large_pages
+from gatedkernels.nn.slimmable_blocks import SlimmableBasicBlock, SlimmableBottleneck, SlimmableResidual
 from gatedkernels.ops import gated_block, gated_conv2d
 from gatedkernels.ops.packed import (
     pack_blocks,
@@ -203,7 +204,7 @@ class PackedGatedConv2d(Packed):
 class PackedResidual(Packed):
     """What the packed blocks share: the shortcut, their one branch, and what they cost."""
 
-    def __init__(self, block: GatedBasicBlock | GatedBottleneck, branch: Branch) -> None:
+    def __init__(self, block: GatedBasicBlock | GatedBottleneck | SlimmableResidual, branch: Branch) -> None:
         super().__init__()
         self.branch: Branch = branch
         self.group = block.group
@@ -255,7 +256,7 @@ class PackedBasicBlock(PackedResidual):
     tiles1: Tensor | None
     tiles2: Tensor | None
 
-    def __init__(self, block: GatedBasicBlock, branch: Branch) -> None:
+    def __init__(self, block: GatedBasicBlock | SlimmableBasicBlock, branch: Branch) -> None:
         super().__init__(block, branch)
         norm1, norm2 = block.norms(branch)
         weight1, bias1 = fold_norm(block.conv1.weight, None, norm1)
@@ -334,7 +335,7 @@ class PackedBottleneck(PackedResidual):
     weight1: Tensor
     bias1: Tensor
 
-    def __init__(self, block: GatedBottleneck, branch: Branch) -> None:
+    def __init__(self, block: GatedBottleneck | SlimmableBottleneck, branch: Branch) -> None:
         super().__init__(block, branch)
         norm1, norm2, norm3 = block.norms(branch)
         weight1, bias1 = fold_norm(block.conv1.weight, None, norm1)

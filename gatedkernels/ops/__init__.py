@@ -7,3 +7,5 @@ from gatedkernels.ops.gated_block import gated_block as gated_block
 from gatedkernels.ops.gated_conv2d import gated_conv2d as gated_conv2d
 from gatedkernels.ops.gated_linear import gated_linear as gated_linear
 from gatedkernels.ops.plan import plan as plan
+from gatedkernels.ops.sliced_conv2d import sliced_conv2d as sliced_conv2d
+from gatedkernels.ops.sliced_linear import sliced_linear as sliced_linear

@@ -80,6 +80,8 @@ def check_convolutions(
         for masks in ((None, None), (in_mask, None), (None, out_mask), (in_mask, out_mask)):
             check("gated_conv2d_cpu", x, filters, bias, *masks, stride)
         check_backward(x, filters, torch.randn_like(residual), in_mask, out_mask, stride)
+        widths = in_mask.sum(1, dtype=torch.int32), out_mask.sum(1, dtype=torch.int32)
+        check("sliced_conv2d_cpu", x, filters, bias, *widths, stride)
     blocks = pack_blocks(weight)
     for masks in ((None, None), (in_mask, None), (None, out_mask), (in_mask, out_mask)):
         check("packed_conv2d", x, blocks, bias, *masks, residual, k, stride, True)
@@ -124,6 +126,13 @@ def check_blocks(n: int, c: int, k: int, h: int, w: int, stride: int, form: str,
         check("packed_block", x, *weights, *tiles, mask, rest, stride)
 
 
+def check_linears(n: int, c: int, k: int, tokens: int, density: float) -> None:
+    """Linear layers with a width for every sample."""
+    x, weight, bias = torch.randn(n, tokens, c), torch.randn(k, c), torch.randn(k)
+    widths = [(torch.rand(n, most) < density).sum(1, dtype=torch.int32) for most in (c, k)]
+    check("sliced_linear_cpu", x, weight, bias, *widths)
+
+
 def check_stems(n: int, c: int, k: int, h: int, w: int) -> None:
     """The first layer, whose window is padded so that it fits."""
     x, bias = torch.randn(n, c, h, w), torch.randn(k)
@@ -148,6 +157,7 @@ def main() -> None:
             for side in (1, 3):
                 check_convolutions(n, c, k, h, w, side, stride, form, density)
             check_blocks(n, c, k, h, w, stride, form, density)
+            check_linears(n, c, k, h * w, density)
     print("whole")
 
 

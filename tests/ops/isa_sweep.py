@@ -55,6 +55,10 @@ def convolutions(c: int, k: int, h: int, w: int, side: int, stride: int) -> None
         check(f"conv_in {case}", gk.conv_in(pack(x, *plan), weight, bias, *plan, **run), exact_in)
         for masks in ((inside, None), (None, outside), (inside, outside)):
             gradients(case, x, weight, torch.randn_like(exact, dtype=torch.float32), masks, stride)
+        ins, outs = inside.sum(1), outside.sum(1)
+        widths = torch.arange(c) < ins[:, None], torch.arange(k) < outs[:, None]
+        y = gk.sliced_conv2d(x, weight, bias, ins, outs, **run)
+        check(f"sliced {case}", y, where(widths[1], conv2d(where(widths[0], wide[0]), *wide[1:], **options)))
         y = ops.packed_conv2d(x, pack_blocks(weight), bias, inside, outside, None, k, stride, True)
         check(f"packed_conv2d {case}", y, where(outside, exact_in.relu()))
 
@@ -134,6 +138,10 @@ def linears(c: int, k: int, tokens: int) -> None:
             check(f"linear out {case}", y, torch.where(outside[:, None], exact, 0))
             y = gk.gated_linear(x, form, bias, inside, outside, backend="cpu")
             check(f"linear both {case}", y, torch.where(outside[:, None], exact_in, 0))
+            y = gk.sliced_linear(x, form, bias, inside.sum(1), outside.sum(1), backend="cpu")
+            read = torch.where(torch.arange(c) < inside.sum(1)[:, None, None], wide[0], 0)
+            kept = torch.arange(k) < outside.sum(1)[:, None, None]
+            check(f"linear sliced {case}", y, torch.where(kept, linear(read, *wide[1:]), 0))
 
 
 def main() -> None:

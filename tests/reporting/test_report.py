@@ -63,7 +63,7 @@ def test_errors(build):
     model, x = build("resnet18")
     with pytest.raises(ValueError, match="model must be in evaluation mode"):
         report(model.train(), x, **QUICK)
-    with pytest.raises(ValueError, match="model must hold gated modules, got Conv2d without"):
+    with pytest.raises(ValueError, match="model must hold gated modules, or be a slimmable network, got Conv2d"):
         report(nn.Conv2d(3, 3, 1).eval(), x, **QUICK)
     with pytest.raises(TypeError, match="model must be a GatedResNet, a gated block or a GatedConv2d, got Sequential"):
         report(nn.Sequential(gk.GatedConv2d(3, 4, 3)).eval(), x, **QUICK)

@@ -1,0 +1,139 @@
+"""Widths: operations with a width for every sample against loops, and networks against ones built narrow.
+
+``python -m bench.slimmable`` and ``python -m bench.slimmable networks`` print the tables of docs/performance.md.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, linear
+
+import gatedkernels as gk
+from gatedkernels.nn import make_divisible
+from gatedkernels.reporting.baselines import check_same
+
+Call = Callable[[], Tensor]
+
+_DIM = {4: 1, 3: 2}  # of the channels: of images, and of tokens
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+# Batch, channels, side of the image, side of the window
+CONVS = [
+    *((16, 64, 32, 3), (16, 128, 16, 3), (16, 256, 8, 3), (16, 512, 4, 3)),
+    *((16, 64, 56, 3), (16, 256, 14, 3), (16, 256, 14, 1), (16, 512, 7, 3)),
+    *((4, 64, 32, 3), (4, 128, 16, 3), (4, 256, 8, 3), (4, 512, 4, 3)),
+]
+# Batch, tokens, inputs, units
+LINEARS = [(4, 65, 192, 768), (16, 65, 192, 768), (16, 197, 384, 1536), (16, 197, 1536, 384), (16, 16, 384, 1536)]
+NETWORKS = ("slimmable_resnet18", "slimmable_resnet50", "slimmable_mobilenet_v2")
+
+
+def by_samples(run: Callable[..., Tensor], x: Tensor, y: Tensor, ins: list[int], outs: list[int]) -> Tensor:
+    """Each sample by itself, through PyTorch, into zeros like y; ``run(x, o, i)`` computes o channels from i."""
+    y = torch.zeros_like(y)
+    for n in range(len(x)):
+        y.narrow(_DIM[y.ndim], 0, outs[n])[n : n + 1] = run(x[n : n + 1], outs[n], ins[n])
+    return y
+
+
+def by_groups(run: Callable[..., Tensor], x: Tensor, y: Tensor, ins: list[int], outs: list[int]) -> Tensor:
+    """Samples of equal widths together, gathered and scattered, through PyTorch, into zeros like y."""
+    y = torch.zeros_like(y)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for n, pair in enumerate(zip(ins, outs, strict=True)):
+        groups.setdefault(pair, []).append(n)
+    for (i, o), members in groups.items():
+        at, dim = torch.tensor(members), _DIM[y.ndim]
+        y.narrow(dim, 0, o)[at] = run(x.narrow(dim, 0, i)[at], o, i)
+    return y
+
+
+def conv_calls(batch: int, channels: int, size: int, window: int) -> dict[str, Call]:
+    """A convolution with a width for every sample, three ways that compute the same."""
+    form = torch.channels_last
+    x = torch.randn(batch, channels, size, size).contiguous(memory_format=form)
+    weight = torch.randn(channels, channels, window, window).contiguous(memory_format=form)
+    widths = [make_divisible(channels * WIDTHS[n % len(WIDTHS)]) for n in range(batch)]
+    each = torch.tensor(widths)
+
+    def run(x: Tensor, outs: int, ins: int) -> Tensor:
+        return conv2d(x[:, :ins], weight[:outs, :ins], padding=window // 2)
+
+    return {
+        "ours": lambda: gk.sliced_conv2d(x, weight, None, each, each, padding=window // 2),
+        "samples": lambda: by_samples(run, x, x, widths, widths),
+        "groups": lambda: by_groups(run, x, x, widths, widths),
+    }
+
+
+def linear_calls(batch: int, tokens: int, inputs: int, units: int) -> dict[str, Call]:
+    """A linear layer with a width for every sample, three ways that compute the same."""
+    x, weight, y = torch.randn(batch, tokens, inputs), torch.randn(units, inputs), torch.empty(batch, tokens, units)
+    ins, outs = ([make_divisible(c * WIDTHS[n % len(WIDTHS)]) for n in range(batch)] for c in (inputs, units))
+    each_in, each_out = torch.tensor(ins), torch.tensor(outs)
+
+    def run(x: Tensor, outs: int, ins: int) -> Tensor:
+        return linear(x[..., :ins], weight[:outs, :ins])
+
+    return {
+        "ours": lambda: gk.sliced_linear(x, weight, None, each_in, each_out),
+        "samples": lambda: by_samples(run, x, y, ins, outs),
+        "groups": lambda: by_groups(run, x, y, ins, outs),
+    }
+
+
+def network_calls(name: str, size: int, batch: int, width: float) -> dict[str, Call]:
+    """A slimmable network at a width, and one built so narrow, both eager and optimised."""
+    net, x = gk.models.create_model(name, num_classes=10, stem="cifar"), torch.randn(batch, 3, size, size)
+    gk.calibrate_norms(net, [x], [width])
+    net.eval().set_width(width)
+    narrow = gk.slice(net, width).to(memory_format=torch.channels_last)
+    fast, narrow_fast = gk.optimize(net, x), gk.optimize(narrow, x)
+    last = x.contiguous(memory_format=torch.channels_last)
+    return {
+        "slimmable": lambda: net(x),
+        "narrow": lambda: narrow(last),
+        "slimmable, optimised": lambda: fast(x),
+        "narrow, optimised": lambda: narrow_fast(x),
+    }
+
+
+def milliseconds(calls: Mapping[str, Call], seconds: float) -> dict[str, float]:
+    """Medians of runs in random order, after a check that all compute the same."""
+    want = calls[list(calls)[-1]]().double().clone()
+    for name, call in calls.items():
+        check_same(name, call(), want)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < 5:
+        for name, call in random.sample(list(calls.items()), len(calls)):
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="?", default="operations", choices=["operations", "networks"])
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each row")
+    chosen = parser.parse_args(arguments)
+    if chosen.what == "operations":
+        rows = [(("conv", *case), conv_calls(*case)) for case in CONVS]
+        rows += [(("linear", *case), linear_calls(*case)) for case in LINEARS]
+    else:
+        cases = [(name, 32, batch, width) for name in NETWORKS for batch in (1, 16) for width in (0.25, 0.5, 1.0)]
+        rows = [(case, network_calls(*case)) for case in cases]
+    for case, calls in rows:
+        taken = milliseconds(calls, chosen.seconds)
+        print(*case, *(f"| {name} {value:.3f}" for name, value in taken.items()), flush=True)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,304 @@
+"""Layers that serve any width: they use the first channels of their weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
+from gatedkernels.ops import sliced_conv2d, sliced_linear
+
+
+def make_divisible(value: float, divisor: int = 8, least: int = 1) -> int:
+    """Round a number of channels to a multiple of ``divisor``, at least ``least``, never down by more than a tenth.
+
+    Source: Yu et al., "Slimmable Neural Networks", ICLR 2019 (their code, after MobileNet's).
+
+    Example:
+        >>> [make_divisible(64 * width) for width in (0.9, 0.7, 0.5, 0.3, 0.25)]
+        [56, 48, 32, 24, 16]
+    """
+    if divisor < 1:
+        raise ValueError(f"divisor must be at least 1, got {divisor}")
+    rounded = max(least, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def channels_at(channels: int, width: float, ratio: float = 1, divisor: int = 8) -> int:
+    """How many of a layer's channels a width keeps: a rounded share, ``ratio`` times that of the layer it expands.
+
+    Args:
+        channels: Channels at full width.
+        width: The width, in (0, 1].
+        ratio: How many times as many channels as the layer whose number is rounded.
+        divisor: What to round to a multiple of.
+
+    Returns:
+        ``make_divisible(channels * width / ratio) * ratio``, at most ``channels``; ``channels`` at width 1.
+    """
+    if width == 1:
+        return channels
+    return min(channels, round(make_divisible(channels * width / ratio, divisor) * ratio))
+
+
+def check_width(width: float) -> float:
+    """Refuse what is no width.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it does not lie in (0, 1].
+    """
+    if not isinstance(width, (int, float)) or isinstance(width, bool):
+        raise TypeError(f"width must be a number, got {width!r}")
+    if not 0 < width <= 1:
+        raise ValueError(f"width must lie in (0, 1], got {width}")
+    return float(width)
+
+
+class Slimmable(nn.Module):
+    """A layer with a width, which `gatedkernels.nn.set_width` sets for a whole network."""
+
+    width: float = 1.0
+
+    def set_width(self, width: float) -> None:
+        """Use the first channels that belong to ``width``, in (0, 1]."""
+        self.width = check_width(width)
+
+    def sliced(self) -> nn.Module:
+        """Make an ordinary layer of the present width, with copied weights."""
+        raise NotImplementedError
+
+
+class _SlicedWeight(Slimmable):
+    """A layer whose weight's first two dimensions, outputs and inputs, are used as far as the width goes."""
+
+    def _init_width(
+        self, ins: int, outs: int, slices: tuple[bool, bool], ratios: tuple[float, float], divisor: int
+    ) -> None:
+        self.full = ins, outs
+        self.slices, self.ratios, self.divisor = slices, ratios, divisor
+        self.set_width(1.0)
+
+    def set_width(self, width: float) -> None:
+        """Use the first channels that belong to ``width``, in (0, 1]."""
+        super().set_width(width)
+        ins, outs = (
+            channels_at(channels, self.width, ratio, self.divisor) if is_sliced else channels
+            for channels, is_sliced, ratio in zip(self.full, self.slices, self.ratios, strict=True)
+        )
+        # The two numbers as the shape of an empty tensor: torch.compile makes one graph for all shapes, where it would
+        # make one for every value of an int that a module holds.
+        self._shape = torch.empty(ins, outs, 0)
+
+    @property
+    def shape_now(self) -> tuple[int, int]:
+        """Inputs and outputs at the present width."""
+        return self._shape.shape[0], self._shape.shape[1]
+
+    def _describe(self) -> str:
+        slices = "".join(f", {name}=False" for name, has in zip(_SLICES, self.slices, strict=True) if not has)
+        return f"{slices}, width={self.width:g}"
+
+
+_SLICES = "slice_in", "slice_out"
+
+
+def _copied(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone())
+
+
+class SlimmableConv2d(_SlicedWeight, nn.Conv2d):
+    """A convolution of any width: of its first input channels with its first filters.
+
+    At width w a layer of C channels has ``make_divisible(C * w)``. An input may have just as many channels, as from a
+    slimmable layer before, or more: then the first ones are read. A depthwise convolution (``groups=in_channels``) has
+    as many groups as inputs. The width is set from outside, for a whole network, by `gatedkernels.width` or
+    ``set_width``.
+
+    Args:
+        in_channels: Channels of the input at full width.
+        out_channels: Channels of the output at full width.
+        kernel_size: Height and width of the filters, or one number for both.
+        stride: Pixels between windows.
+        padding: Zeros around the input, in numbers.
+        dilation: Pixels between taps.
+        groups: Groups of the convolution at full width.
+        bias: Whether there is a bias.
+        slice_in: Whether the input narrows with the width; not that of a first layer.
+        slice_out: Whether the output does; not that of a last layer.
+        in_ratio: How many times as many inputs as the layer that they expand, whose number is rounded.
+        out_ratio: The same of the outputs.
+        divisor: Numbers of channels are rounded to multiples of it.
+
+    Raises:
+        ValueError: If padding is a name.
+
+    Source:
+        Yu et al., "Slimmable Neural Networks", ICLR 2019.
+
+    Example:
+        >>> conv = SlimmableConv2d(16, 32, 3, padding=1)
+        >>> conv.set_width(0.5)
+        >>> conv(torch.ones(2, 8, 5, 5)).shape
+        torch.Size([2, 16, 5, 5])
+    """
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        slice_in: bool = True,
+        slice_out: bool = True,
+        in_ratio: float = 1,
+        out_ratio: float = 1,
+        divisor: int = 8,
+    ) -> None:
+        if isinstance(padding, str):
+            raise ValueError(f"padding must be a number or a pair of numbers, got {padding!r}")
+        nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self._init_width(in_channels, out_channels, (slice_in, slice_out), (in_ratio, out_ratio), divisor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve the first channels of images (N, C, H, W); shape (N, outputs at this width, H', W').
+
+        Raises:
+            ValueError: If ``x`` has fewer channels than this width reads.
+        """
+        geometry: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return sliced_conv2d(x, self.weight, self.bias, *self.shape_now, groups=self.groups, **geometry)
+
+    def sliced(self) -> nn.Conv2d:
+        """Make an ordinary convolution of the present width, with copied weights.
+
+        Raises:
+            ValueError: If the width ends inside a group.
+        """
+        ins, outs = self.shape_now
+        group_ins, group_outs = self.weight.shape[1], self.out_channels // self.groups
+        groups = 1 if self.groups == 1 else ins // group_ins
+        if self.groups > 1 and (groups * group_ins != ins or groups * group_outs != outs):
+            raise ValueError(f"width must end between two groups, got {self.width:g} for {self}")
+        shape = ConvShape.of(self)._replace(in_channels=ins, out_channels=outs, groups=groups)
+        conv = nn.Conv2d(**shape._asdict(), bias=self.bias is not None, device="meta").train(self.training)
+        conv.weight = _copied(self.weight[:outs, : ins // groups])
+        conv.bias = None if self.bias is None else _copied(self.bias[:outs])
+        return conv
+
+    def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
+        """Cost at the present width; see `gatedkernels.nn.flops`."""
+        ins, outs = self.shape_now
+        full = conv_cost("", self, output_size(self, (input_shape[-2], input_shape[-1])))
+        # Narrower grouped convolutions have fewer groups, each of the same size.
+        share = 1 if self.groups == 1 else ins / self.in_channels
+        return [ConvCost("", full.macs_per_pair / share, ins, outs)]
+
+    def extra_repr(self) -> str:
+        """Say what the parts do not show."""
+        return super().extra_repr() + self._describe()
+
+
+class FirstInputsLinear(nn.Linear):
+    """A linear layer that reads the first channels of a wider input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute all units from the first ``in_features`` channels of ``x`` (N, …, C)."""
+        return super().forward(x[..., : self.in_features])
+
+
+class SlimmableLinear(_SlicedWeight, nn.Linear):
+    """A linear layer of any width: of its first inputs with its first units.
+
+    At width w a layer of C channels has ``make_divisible(C * w)``. An input may have just as many channels, or more:
+    then the first ones are read. The width is set from outside, as that of `SlimmableConv2d`.
+
+    Args:
+        in_features: Channels of the input at full width.
+        out_features: Units at full width.
+        bias: Whether there is a bias.
+        slice_in: Whether the input narrows with the width.
+        slice_out: Whether the output does; not that of a classifier.
+        in_ratio: How many times as many inputs as the layer that they expand, whose number is rounded.
+        out_ratio: The same of the outputs.
+        divisor: Numbers of channels are rounded to multiples of it.
+        parts: Layers that lie in this one, as queries, keys and values do: each is sliced by itself.
+        wide_input: Whether the input stays as wide as ever, so that ``sliced`` has to read its first channels too.
+
+    Raises:
+        ValueError: If ``parts`` does not divide ``out_features``.
+
+    Source:
+        Yu et al., "Slimmable Neural Networks", ICLR 2019.
+
+    Example:
+        >>> layer = SlimmableLinear(16, 10, slice_out=False)
+        >>> layer.set_width(0.5)
+        >>> layer(torch.ones(2, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        slice_in: bool = True,
+        slice_out: bool = True,
+        in_ratio: float = 1,
+        out_ratio: float = 1,
+        divisor: int = 8,
+        parts: int = 1,
+        wide_input: bool = False,
+    ) -> None:
+        if parts < 1 or out_features % parts:
+            raise ValueError(f"parts must divide the {out_features} out_features, got {parts}")
+        nn.Linear.__init__(self, in_features, out_features, bias)
+        self.parts, self.wide_input = parts, wide_input
+        self._init_width(in_features, out_features // parts, (slice_in, slice_out), (in_ratio, out_ratio), divisor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the first units from the first channels of ``x`` (N, …, C); shape (N, …, units at this width).
+
+        Raises:
+            ValueError: If ``x`` has fewer channels than this width reads.
+        """
+        ins, outs = self.shape_now
+        if self.parts == 1:
+            return sliced_linear(x, self.weight, self.bias, ins, outs)
+        return sliced_linear(x, *self._parts(outs), ins)
+
+    def _parts(self, outs: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the first units of every part."""
+        weight = self.weight.unflatten(0, (self.parts, -1))[:, :outs].flatten(0, 1)
+        return weight, None if self.bias is None else self.bias.unflatten(0, (self.parts, -1))[:, :outs].flatten()
+
+    def sliced(self) -> nn.Linear:
+        """Make an ordinary linear layer of the present width, with copied weights."""
+        ins, outs = self.shape_now
+        weight, bias = self._parts(outs)
+        kind = FirstInputsLinear if self.wide_input else nn.Linear
+        layer = kind(ins, outs * self.parts, bias=bias is not None, device="meta").train(self.training)
+        layer.weight = _copied(weight[:, :ins])
+        if bias is not None:
+            layer.bias = _copied(bias)
+        return layer
+
+    def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
+        """Cost at the present width; see `gatedkernels.nn.flops`."""
+        ins, outs = self.shape_now
+        return [ConvCost("", torch.Size(input_shape[1:-1]).numel(), ins, outs * self.parts)]
+
+    def extra_repr(self) -> str:
+        """Say what the parts do not show."""
+        return super().extra_repr() + self._describe()

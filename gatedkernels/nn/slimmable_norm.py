@@ -1,0 +1,251 @@
+"""Normalisations that serve any width."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, layer_norm
+
+from gatedkernels.nn.slimmable import Slimmable, channels_at, check_width
+
+_STATISTICS = "running_mean", "running_var", "num_batches_tracked"
+
+
+def width_label(width: float) -> str:
+    """The name of a width where dots are not allowed.
+
+    Example:
+        >>> width_label(0.25), width_label(1.0)
+        ('0_25', '1')
+    """
+    return f"{width:g}".replace(".", "_")
+
+
+class _SlicedFeatures(Slimmable):
+    """A layer of as many channels as belong to the width."""
+
+    def _init_width(self, channels: int, is_sliced: bool, ratio: float, divisor: int) -> None:
+        self.full, self.is_sliced, self.ratio, self.divisor = channels, is_sliced, ratio, divisor
+        self.set_width(1.0)
+
+    @property
+    def channels_now(self) -> int:
+        """Channels at the present width."""
+        return channels_at(self.full, self.width, self.ratio, self.divisor) if self.is_sliced else self.full
+
+
+class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
+    """Batch normalisation of any width: one scale and shift for all, statistics for each.
+
+    It normalises as many channels as its input has, the first ones. In training it uses the batch's statistics at every
+    width, and keeps a running average of them at full width, under the usual names. What other widths need in
+    evaluation, `gatedkernels.calibrate_norms` estimates after training, into buffers of their own
+    (``running_mean_0_25``); a state dict brings them along.
+
+    Args:
+        num_features: Channels at full width.
+        eps: Added to the variance.
+        momentum: Of the running average; None: the average of all batches.
+        track_running_stats: Whether there are statistics; without, evaluation uses those of its batch too, as US3L's
+            pre-training does.
+        is_sliced: Whether the channels narrow with the width; not those of a last layer, whose statistics still do.
+        ratio: How many times as many channels as the layer that they expand, whose number is rounded.
+        divisor: Numbers of channels are rounded to multiples of it.
+
+    Source:
+        Yu et al., "Universally Slimmable Networks and Improved Training Techniques", ICCV 2019 (statistics after
+        training); Cao et al., US3L, CVPR 2023 (no statistics in training).
+
+    Example:
+        >>> norm = SlimmableBatchNorm2d(16)
+        >>> norm(torch.ones(2, 8, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        *,
+        track_running_stats: bool = True,
+        is_sliced: bool = True,
+        ratio: float = 1,
+        divisor: int = 8,
+    ) -> None:
+        nn.BatchNorm2d.__init__(self, num_features, eps, momentum, track_running_stats=track_running_stats)
+        self._init_width(num_features, is_sliced, ratio, divisor)
+
+    def set_width(self, width: float) -> None:
+        """Use the statistics that belong to ``width``, in (0, 1]."""
+        super().set_width(width)
+        suffix = "" if self.width == 1 else f"_{width_label(self.width)}"
+        self._names = tuple(name + suffix for name in _STATISTICS)
+        # Statistics of a narrow network are those that calibration asked for, not what training comes across.
+        self._averages = self.track_running_stats and self.width == 1
+
+    def start_statistics(self) -> None:
+        """Begin new statistics of the present width; training mode averages them until a width is set again."""
+        mean, var, count = self._names
+        self.register_buffer(mean, self.weight.new_zeros(self.channels_now))
+        self.register_buffer(var, self.weight.new_ones(self.channels_now))
+        self.register_buffer(count, torch.zeros((), dtype=torch.int64, device=self.weight.device))
+        self._averages = True
+
+    def statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Mean, variance and number of batches at the present width; None where there are none."""
+        mean, var, count = (self._buffers.get(name) for name in self._names)
+        return mean, var, count
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise images (N, C, H, W) of up to ``num_features`` channels.
+
+        Raises:
+            ValueError: If ``x`` has another number of dimensions or more channels.
+            RuntimeError: If this is evaluation and there are no statistics for this width.
+        """
+        self._check_input_dim(x)
+        channels = x.shape[1]
+        if channels > self.num_features:
+            raise ValueError(f"x must have at most {self.num_features} channels, got {tuple(x.shape)}")
+        weight, bias = self.weight[:channels], self.bias[:channels]
+        if not self.track_running_stats or (self.training and not self._averages):
+            return batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+        mean, var, count = self.statistics()
+        if mean is None:
+            raise RuntimeError(self._missing())
+        momentum = self.momentum
+        if self.training:
+            assert count is not None
+            count.add_(1)
+            momentum = 1.0 / float(count) if momentum is None else momentum
+        return batch_norm(x, mean, var, weight, bias, self.training, momentum or 0.0, self.eps)
+
+    def _missing(self) -> str:
+        return f"width must have statistics, got {self.width:g} without: gatedkernels.calibrate_norms estimates them"
+
+    def sliced(self) -> nn.BatchNorm2d:
+        """Make an ordinary batch normalisation of the present width, with copied parameters and statistics.
+
+        In training mode a width without statistics gets new ones.
+
+        Raises:
+            ValueError: If this is evaluation mode and there are no statistics for this width.
+        """
+        mean, var, count = self.statistics()
+        if self.track_running_stats and mean is None and not self.training:
+            raise ValueError(self._missing())
+        tracks, device = self.track_running_stats, self.weight.device
+        options: dict[str, Any] = {"track_running_stats": tracks, "device": device, "dtype": self.weight.dtype}
+        norm = nn.BatchNorm2d(self.channels_now, self.eps, self.momentum, **options)
+        with torch.no_grad():
+            norm.weight.copy_(self.weight[: self.channels_now])
+            norm.bias.copy_(self.bias[: self.channels_now])
+            for name, value in zip(_STATISTICS, (mean, var, count), strict=True):
+                if value is not None:
+                    norm.get_buffer(name).copy_(value)
+        return norm.train(self.training)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Make room for the statistics of all widths that a state dict brings."""
+        for name in _STATISTICS:
+            for key in state_dict:
+                own = key.removeprefix(prefix)
+                if key.startswith(f"{prefix}{name}_") and own not in self._buffers:
+                    self.register_buffer(own, torch.empty_like(state_dict[key], device=self.weight.device))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        """Say what the parts do not show."""
+        return f"{super().extra_repr()}, width={self.width:g}"
+
+
+class SwitchableBatchNorm2d(_SlicedFeatures):
+    """Batch normalisation for a fixed list of widths, each with a scale, a shift and statistics of its own.
+
+    Args:
+        num_features: Channels at full width.
+        widths: The widths there are.
+        is_sliced: Whether the channels narrow with the width.
+        ratio: How many times as many channels as the layer that they expand, whose number is rounded.
+        divisor: Numbers of channels are rounded to multiples of it.
+
+    Raises:
+        ValueError: If there are no widths or one does not lie in (0, 1].
+
+    Source:
+        Yu et al., "Slimmable Neural Networks", ICLR 2019.
+
+    Example:
+        >>> norm = SwitchableBatchNorm2d(16, [0.5, 1.0])
+        >>> norm.set_width(0.5)
+        >>> norm(torch.ones(2, 8, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        widths: Sequence[float],
+        *,
+        is_sliced: bool = True,
+        ratio: float = 1,
+        divisor: int = 8,
+    ) -> None:
+        super().__init__()
+        if not widths:
+            raise ValueError("widths must hold at least one width, got none")
+        self.widths = tuple(sorted({check_width(width) for width in widths}))
+        self.norms = nn.ModuleDict()
+        self.width = self.widths[-1]
+        self.full, self.is_sliced, self.ratio, self.divisor = num_features, is_sliced, ratio, divisor
+        for width in self.widths:
+            self.set_width(width)
+            self.norms[width_label(width)] = nn.BatchNorm2d(self.channels_now)
+
+    def set_width(self, width: float) -> None:
+        """Switch to another width.
+
+        Raises:
+            ValueError: If it is none of the list.
+        """
+        if width not in self.widths:
+            raise ValueError(f"width must be one of {', '.join(f'{w:g}' for w in self.widths)}, got {width}")
+        super().set_width(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise images (N, C, H, W) of as many channels as belong to the width."""
+        return self.norms[width_label(self.width)](x)
+
+    def sliced(self) -> nn.Module:
+        """Copy the normalisation of the present width."""
+        return copy.deepcopy(self.norms[width_label(self.width)])
+
+
+class SlimmableLayerNorm(_SlicedFeatures, nn.LayerNorm):
+    """Layer normalisation of as many channels as its input has: the first ones of its scale and shift.
+
+    Args:
+        features: Channels at full width.
+        eps: Added to the variance.
+        divisor: Numbers of channels are rounded to multiples of it.
+    """
+
+    def __init__(self, features: int, eps: float = 1e-5, *, divisor: int = 8) -> None:
+        nn.LayerNorm.__init__(self, features, eps)
+        self._init_width(features, True, 1, divisor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of ``x``."""
+        channels = x.shape[-1]
+        return layer_norm(x, (channels,), self.weight[:channels], self.bias[:channels], self.eps)
+
+    def sliced(self) -> nn.LayerNorm:
+        """Make an ordinary layer normalisation of the present width, with copied parameters."""
+        norm = nn.LayerNorm(self.channels_now, self.eps, device=self.weight.device, dtype=self.weight.dtype)
+        with torch.no_grad():
+            norm.weight.copy_(self.weight[: self.channels_now])
+            norm.bias.copy_(self.bias[: self.channels_now])
+        return norm.train(self.training)

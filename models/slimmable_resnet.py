@@ -1,0 +1,153 @@
+"""ResNets of any width, with torchvision's names."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from gatedkernels.models._registry import register_model
+from gatedkernels.models.gated_resnet import Stem
+from gatedkernels.nn import (
+    SlimmableBasicBlock,
+    SlimmableBatchNorm2d,
+    SlimmableBottleneck,
+    SlimmableConv2d,
+    SlimmableLinear,
+    SlimmableNetwork,
+    SwitchableBatchNorm2d,
+)
+
+Norm = Literal["shared", "switchable"]
+
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+def make_norm(
+    channels: int, norm: Norm, widths: Sequence[float], track_running_stats: bool, **options: Any
+) -> nn.Module:
+    """Build the normalisation of a slimmable convolution's output.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm must be one of {', '.join(map(repr, get_args(Norm)))}, got {norm!r}")
+    if norm == "switchable":
+        return SwitchableBatchNorm2d(channels, widths, **options)
+    return SlimmableBatchNorm2d(channels, track_running_stats=track_running_stats, **options)
+
+
+class SlimmableResNet(SlimmableNetwork):
+    """A ResNet of any width from one set of weights: every layer uses its first channels.
+
+    Modules have torchvision's names, and its state dicts load. The stem slices its outputs, the classifier its inputs,
+    every other convolution both; without a classifier the features of width w have make_divisible(512 w) dimensions
+    (2048 w for bottlenecks).
+
+    Args:
+        block: `SlimmableBasicBlock` or `SlimmableBottleneck`.
+        layers: Blocks in each of the four stages.
+        num_classes: Outputs of the classifier; None: no classifier, the features after pooling come out.
+        stem: "imagenet" (7×7, stride 2, max-pooling) or "cifar" (3×3, stride 1, no pooling).
+        stem_padding: Padding of the "cifar" stem.
+        channels: Channels of the first stage at full width, and so of all.
+        norm: "shared", one scale and shift for all widths, or "switchable", all by itself for each of ``widths``.
+        widths: The widths of switchable normalisations.
+        track_running_stats: Whether shared normalisations have statistics; without, evaluation uses its batch's.
+        divisor: Numbers of channels are rounded to multiples of it.
+
+    Raises:
+        ValueError: If a stem or norm does not exist or a number is out of range.
+
+    Source:
+        Yu et al., "Slimmable Neural Networks", ICLR 2019; Cao et al., US3L, CVPR 2023.
+    """
+
+    # Convolution, normalisation, activation and pooling before the blocks, for `optimize` to fold into one.
+    foldable: ClassVar[tuple[tuple[str, str, str, str], ...]] = (("conv1", "bn1", "relu", "maxpool"),)
+
+    def __init__(
+        self,
+        block: type[SlimmableBasicBlock] | type[SlimmableBottleneck],
+        layers: Sequence[int],
+        *,
+        num_classes: int | None = 1000,
+        stem: Stem = "imagenet",
+        stem_padding: int = 1,
+        channels: int = 64,
+        norm: Norm = "shared",
+        widths: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+        track_running_stats: bool = True,
+        divisor: int = 8,
+    ) -> None:
+        super().__init__()
+        if stem not in get_args(Stem):
+            raise ValueError(f"stem must be one of {', '.join(map(repr, get_args(Stem)))}, got {stem!r}")
+        if stem_padding < 0:
+            raise ValueError(f"stem_padding must be at least 0, got {stem_padding}")
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes must be positive or None, got {num_classes}")
+        if channels < 1:
+            raise ValueError(f"channels must be positive, got {channels}")
+
+        def normalise(features: int) -> nn.Module:
+            return make_norm(features, norm, widths, track_running_stats, divisor=divisor)
+
+        options: dict[str, Any] = {"bias": False, "slice_in": False, "divisor": divisor}
+        if stem == "cifar":
+            self.conv1 = SlimmableConv2d(3, channels, 3, padding=stem_padding, **options)
+        else:
+            self.conv1 = SlimmableConv2d(3, channels, 7, stride=2, padding=3, **options)
+        self.bn1 = normalise(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+        ins = channels
+        for i, (stage, depth) in enumerate(zip(_STAGES, layers, strict=True)):
+            blocks = []
+            for j in range(depth):
+                blocks.append(block(ins, channels << i, 2 if i > 0 and j == 0 else 1, normalise, divisor))
+                ins = (channels << i) * block.expansion
+            self.add_module(stage, nn.Sequential(*blocks))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.num_features = ins
+        self.fc: nn.Module = nn.Identity()
+        if num_classes is not None:
+            self.fc = SlimmableLinear(ins, num_classes, slice_out=False, divisor=divisor)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if norm == "switchable":
+            self.set_width(max(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the network at its width.
+
+        Args:
+            x: Images, shape (N, 3, H, W).
+
+        Returns:
+            Logits, shape (N, num_classes), or features, of as many dimensions as the last stage has channels.
+        """
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for stage in _STAGES:
+            x = self.get_submodule(stage)(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+@register_model
+def slimmable_resnet18(**options: Any) -> SlimmableResNet:
+    """Build a slimmable ResNet-18; the options are those of `SlimmableResNet`."""
+    return SlimmableResNet(SlimmableBasicBlock, (2, 2, 2, 2), **options)
+
+
+@register_model
+def slimmable_resnet34(**options: Any) -> SlimmableResNet:
+    """Build a slimmable ResNet-34; the options are those of `SlimmableResNet`."""
+    return SlimmableResNet(SlimmableBasicBlock, (3, 4, 6, 3), **options)
+
+
+@register_model
+def slimmable_resnet50(**options: Any) -> SlimmableResNet:
+    """Build a slimmable ResNet-50; the options are those of `SlimmableResNet`."""
+    return SlimmableResNet(SlimmableBottleneck, (3, 4, 6, 3), **options)

@@ -1,0 +1,176 @@
+"""US3L's iteration is the paper's: which width goes when, against which targets, and what makes a step."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gatedkernels.models import slimmable_resnet18
+from gatedkernels.training import loop
+from gatedkernels.training.contrastive import negative_cosine, nt_xent
+from gatedkernels.training.loop import start_run, train, view_loader
+from gatedkernels.training.methods import US3L, US3LOptions
+from gatedkernels.training.metrics_log import read_metrics
+from gatedkernels.training.recipes import make_config
+from gatedkernels.training.run import load_run_data
+from gatedkernels.training.run_folder import RunFolder
+
+SMALL: dict[str, Any] = {"hidden": 16, "embedding": 8, "epochs": 4, "lr": 0.05}
+
+
+def build(**options: Any) -> US3L:
+    torch.manual_seed(0)
+    backbone = slimmable_resnet18(num_classes=None, stem="cifar", channels=16, track_running_stats=False)
+    return US3L(backbone, US3LOptions(**{**SMALL, **options}))
+
+
+class Steps(US3L):
+    """Takes its steps without a trainer, and notes them."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.sgd = self.configure_optimizers()
+        self.taken: list[list[Tensor | None]] = []
+        step = self.sgd.step
+
+        def note() -> None:
+            self.taken.append([None if p.grad is None else p.grad.clone() for p in self.backbone.parameters()])
+            step()
+
+        self.sgd.step = note  # type: ignore[assignment]
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        return self.sgd
+
+    def manual_backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
+        loss.backward()
+
+
+def alone(**options: Any) -> Steps:
+    torch.manual_seed(0)
+    backbone = slimmable_resnet18(num_classes=None, stem="cifar", channels=16, track_running_stats=False)
+    return Steps(backbone, US3LOptions(**{**SMALL, **options}))
+
+
+VIEWS = [torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+
+
+def test_widths_follow_the_schedule():
+    module = build(epochs=8)
+    assert module.widths(0, 0) == [1.0]
+    assert [module.widths(epoch, 5)[-1] for epoch in (2, 4, 6)] == pytest.approx([0.75, 0.5, 0.25])
+    assert module.widths(6, 5) == module.widths(6, 5) != module.widths(6, 6)
+    assert len(build(dynamic_sampling=False, passes=4).widths(0, 0)) == 4
+
+
+def test_each_width_makes_a_step_or_all_make_one():
+    module = alone()
+    losses = module.iterate(VIEWS, [1.0, 0.5, 0.25], epoch=3)
+    assert len(losses) == len(module.taken) == 3
+    assert module.backbone.width == 1.0
+    summed = alone(sum_gradients=True)
+    summed.iterate(VIEWS, [1.0, 0.5, 0.25], epoch=3)
+    assert len(summed.taken) == 1
+
+
+def test_losses_of_the_final_recipe():
+    module = alone(weight_decay=0)
+    with torch.no_grad():
+        taught = [module.head(module.backbone(view)) for view in VIEWS]  # the momentum encoder begins as a copy
+    losses = module.iterate(VIEWS, [1.0], epoch=0)
+    expected = (nt_xent(taught[0], taught[1], 0.5) + nt_xent(taught[1], taught[0], 0.5)) / 2
+    torch.testing.assert_close(losses[0], expected)
+
+    again = alone(weight_decay=0, lr=0.0)
+    narrow = again.iterate(VIEWS, [1.0, 0.5], epoch=0)[1]
+    with torch.no_grad():
+        again.backbone.set_width(0.5)
+        for layer in again.head.layers[:1]:
+            layer.set_width(0.5)
+        heads = [again.auxiliary(again.head(again.backbone(view))) for view in VIEWS]
+    crosswise = (negative_cosine(heads[0], taught[1]) + negative_cosine(heads[1], taught[0])) / 2
+    torch.testing.assert_close(narrow, crosswise)
+
+
+def test_the_momentum_encoder_follows_once_an_iteration_at_full_width():
+    module = alone(ema=0.9)
+    assert module.teacher is not None
+    before = [p.clone() for p in module.teacher.parameters()]
+    online = [p.detach().clone() for p in (*module.backbone.parameters(), *module.head.parameters())]
+    for parameter in online:
+        assert any(torch.equal(parameter, mean) for mean in before)
+    module.iterate(VIEWS, [1.0, 0.25], epoch=3)
+    moved = [p.detach().clone() for p in (*module.backbone.parameters(), *module.head.parameters())]
+    module.iterate(VIEWS, [1.0], epoch=3)
+    for mean, start, now in zip(module.teacher.parameters(), before, moved, strict=True):
+        torch.testing.assert_close(mean, 0.9 * start + 0.1 * now)
+        assert not mean.requires_grad
+    assert module.teacher[0].width == 1.0
+
+
+def test_a_narrow_step_teaches_the_first_channels_only():
+    module = alone(weight_decay=0)
+    module.iterate(VIEWS, [1.0, 0.5], epoch=3)
+    full, narrow = (taken[0] for taken in module.taken)
+    assert full is not None and narrow is not None
+    assert full[8:].any() and narrow[:8].any() and not narrow[8:].any()
+
+
+@pytest.mark.parametrize("base", ["relative", "absolute"])
+@pytest.mark.parametrize("distill", ["relative", "absolute", None])
+@pytest.mark.parametrize("momentum", [(False, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_every_case_of_the_ablation_runs(base: str, distill: str | None, momentum: tuple[bool, bool], auxiliary: bool):
+    options = {"base": base, "distill": distill, "auxiliary_head": auxiliary}
+    module = alone(base_momentum=momentum[0], distill_momentum=momentum[1], **options)
+    assert (module.teacher is not None) == any(momentum)
+    losses = module.iterate(VIEWS, [1.0, 0.25], epoch=3)
+    assert all(loss.isfinite() for loss in losses) and len(module.taken) == 2
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process."""
+
+
+def run(path: Path, *, resume: bool = False) -> list[tuple[str, str]]:
+    """Losses of two epochs on handwritten digits, by the loop that trains every method."""
+    config = make_config(
+        "vicreg-dual", data="digits", limit=64, image_size=16, batch_size=16, epochs=2, warmup_epochs=1
+    )
+    folder = RunFolder(path)
+    with folder.locked():
+        start_run(folder, config, resume=resume)
+        loader = view_loader(load_run_data(config), config)
+        train(build(epochs=2, dynamic_sampling=False), loader, config, folder, resume=resume, progress=False)
+    return [(row["loss"], row["narrowest"]) for row in read_metrics(path / "metrics.csv")]
+
+
+def test_a_stopped_run_on_digits_continues_to_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = run(tmp_path / "whole")
+    assert len(whole) == 8 and all(torch.isfinite(torch.tensor([float(loss) for row in whole for loss in row])))
+
+    def kill(self: Any, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 6:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop._StopOnNonFinite, "on_train_batch_end", kill)
+        run(tmp_path / "killed")
+    assert run(tmp_path / "killed", resume=True) == whole
+    weights = [RunFolder(tmp_path / name).read_weights() for name in ("whole", "killed")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="base must be one of 'relative', 'absolute', got 'mse'"):
+        US3LOptions(base="mse")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="distill must be one of 'relative', 'absolute', None, got 'mse'"):
+        US3LOptions(distill="mse")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ema must be at least 0 and below 1, got 1"):
+        US3LOptions(ema=1)
+    with pytest.raises(ValueError, match="epochs must be positive, got 0"):
+        US3LOptions(epochs=0)
+    assert isinstance(build(base="absolute").predictor, nn.Sequential)
