@@ -1,0 +1,74 @@
+"""The shipped tiles of the ragged convolution: safe choices, not yet measured on hardware.
+
+Each fits into the 99 KiB of shared memory that a block has on the smallest chips meant (Ada), and ``make aot`` checks
+that none of them spills registers.
+"""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """What one program computes, and with what.
+
+    Attributes:
+        rows: Pixels.
+        channels: Output channels.
+        depth: Input channels in one step of the reduction.
+        warps: Groups of 32 threads.
+        stages: Steps whose loads are under way at the same time.
+    """
+
+    rows: int
+    channels: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By bytes of a number and pixels of a list: the first row whose bound is not exceeded. Weights are fetched anew for each
+# list, so lists of few pixels take few rows and many channels.
+TILES: dict[int, tuple[tuple[float, Tile], ...]] = {
+    2: (
+        (16, Tile(16, 64, 64, 4, 4)),
+        (32, Tile(32, 64, 64, 4, 4)),
+        (128, Tile(64, 64, 64, 4, 4)),
+        (float("inf"), Tile(128, 64, 64, 8, 3)),
+    ),
+    4: (
+        (16, Tile(16, 64, 32, 4, 4)),
+        (32, Tile(32, 64, 32, 4, 4)),
+        (128, Tile(64, 64, 32, 4, 4)),
+        (float("inf"), Tile(128, 64, 32, 8, 3)),
+    ),
+}
+# A list that can hold no more than 64 channels rarely fills a tile of 64: half of one wastes less.
+NARROW = 64
+
+
+def tile(pixels: int, in_channels: int, out_channels: int, size: int) -> Tile:
+    """The tile for lists of so many pixels.
+
+    Args:
+        pixels: Output pixels of all samples that share a list.
+        in_channels: Of the convolution, all counted.
+        out_channels: Likewise.
+        size: Bytes of a number, 2 or 4.
+    """
+    chosen = next(each for most, each in TILES[size] if pixels <= most)
+    if out_channels <= NARROW:
+        chosen = chosen._replace(channels=chosen.channels // 2)
+    if in_channels <= NARROW:
+        chosen = chosen._replace(depth=chosen.depth // 2)
+    return chosen
+
+
+def shipped() -> set[tuple[int, Tile]]:
+    """Every tile that ``tile`` can return, with the bytes of its numbers."""
+    sizes = (NARROW, NARROW + 1)
+    return {
+        (size, tile(int(min(most, 1 << 20)), ins, outs, size))
+        for size, rows in TILES.items()
+        for most, _ in rows
+        for ins in sizes
+        for outs in sizes
+    }
