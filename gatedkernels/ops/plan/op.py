@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gatedkernels import _extension
+from gatedkernels import _extension, policy
 from gatedkernels.ops.plan.reference import plan_reference
 
 
@@ -12,6 +12,10 @@ def _launch(mask: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.gatedkernels.plan_cpu(mask)
     if mask.device.type == "cuda" and _extension.CUDA_ERROR is None:
         return torch.ops.gatedkernels.plan_cuda(mask)
+    if mask.device.type == "cuda" and policy.triton_problem(mask.new_empty(0, dtype=torch.float32)) is None:
+        from gatedkernels.ops.ragged import launch  # importing the package imports no Triton
+
+        return launch.plan(mask)
     return plan_reference(mask)
 
 

@@ -15,7 +15,7 @@ class Tile(NamedTuple):
         channels: Output channels.
         depth: Input channels in one step of the reduction.
         warps: Groups of 32 threads.
-        stages: Steps whose loads are under way at the same time.
+        stages: Steps whose loads are under way at the same time, and the one that is computed.
     """
 
     rows: int
@@ -23,6 +23,10 @@ class Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
+
+    def pipeline(self, listed_inputs: bool) -> int:
+        """The compiler's number of stages: where weights are found through a list, its loads are stages of their own."""
+        return 2 * self.stages - 1 if listed_inputs else self.stages
 
 
 # By bytes of a number and pixels of a list: the first row whose bound is not exceeded. Weights are fetched anew for each
@@ -72,3 +76,20 @@ def shipped() -> set[tuple[int, Tile]]:
         for ins in sizes
         for outs in sizes
     }
+
+
+class GradientTile(NamedTuple):
+    """What one program of the weights' gradient computes: outputs by inputs, ``rows`` pixels a step."""
+
+    outputs: int
+    inputs: int
+    rows: int
+    warps: int
+    stages: int
+
+
+# By bytes of a number.
+GRADIENT_TILES = {2: GradientTile(64, 64, 64, 4, 3), 4: GradientTile(64, 64, 32, 4, 3)}
+# Pixels are split over programs until there are so many: two for each multiprocessor of a large chip. It depends on
+# shapes alone, and so does the order of all sums.
+GRADIENT_PROGRAMS = 256

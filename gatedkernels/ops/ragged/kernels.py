@@ -154,8 +154,7 @@ def ragged_conv_kernel(
         total += tl.load(residual + at_y, stored, other=0.0).to(tl.float32)
     if RELU:
         total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if not PACKED_OUT:
-        total = tl.where(listed[None, :], total, 0.0)
+    total = tl.where(listed[None, :], total, 0.0)  # a selection: weights of zero let a NaN or infinity of x pass
     if gate is not None:
         at_gate = gate + sample.to(tl.int64)[:, None] * out_channels + channel[None, :]
         total = tl.where(tl.load(at_gate, row_open[:, None] & listed[None, :], other=0) != 0, total, 0.0)

@@ -8,8 +8,8 @@ import triton
 from torch import Tensor
 
 from gatedkernels.ops.plan import kernels as plan_kernels
-from gatedkernels.ops.ragged import kernels
-from gatedkernels.ops.ragged.configurations import Tile, tile
+from gatedkernels.ops.ragged import gradient_kernels, kernels
+from gatedkernels.ops.ragged.configurations import GRADIENT_PROGRAMS, GRADIENT_TILES, Tile, tile
 
 STEP = kernels.STEP.value
 
@@ -42,6 +42,11 @@ def plan(mask: Tensor, shared: int = 1) -> List:
                 mask, index, count, samples, channels, shared, *mask.stride(), CHUNK=chunk, num_warps=4
             )
     return List(index, count)
+
+
+def channels_dense(x: Tensor) -> Tensor:
+    """``x`` (N, C, H, W) itself if its channels lie side by side, else a channels-last copy."""
+    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
 def packed_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -121,7 +126,7 @@ def convolve(
     grid = (triton.cdiv(samples, shared) * tiles,)
     if grid[0] == 0:
         return y
-    assert x.stride(1) == y.stride(1) == 1 or 1 in (in_channels, out_channels)
+    assert (x.stride(1) == 1 or in_channels == 1) and (y.stride(1) == 1 or out_channels == 1)
     with torch.cuda.device_of(x):
         kernels.ragged_conv_kernel[grid](
             x, weight, bias, residual, gate, y, ins.index, ins.count, outs.index, outs.count,
@@ -130,6 +135,53 @@ def convolve(
             *weight.shape[2:], *stride, *padding, *dilation, *spread,
             MIRRORED=mirrored, RELU=relu, PACKED_IN=packed_in, PACKED_OUT=packed_out, PRECISION=precision(x),
             ROWS=chosen.rows, CHANNELS=chosen.channels, DEPTH=chosen.depth,
-            num_warps=chosen.warps, num_stages=chosen.stages,
+            num_warps=chosen.warps, num_stages=chosen.pipeline(ins.index is not None),
         )  # fmt: skip
     return y
+
+
+def weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The gradient of the weights of ``convolve`` for these masks, in float32 and strides (K, R, S, C).
+
+    Partial sums are added in an order that depends on shapes alone: the same bits every time.
+    """
+    samples, in_channels, height, width = x.shape
+    _, out_channels, out_height, out_width = dy.shape
+    taps = weight.shape[2] * weight.shape[3]
+    chosen = GRADIENT_TILES[x.element_size()]
+    tiles = triton.cdiv(out_channels, chosen.outputs) * triton.cdiv(in_channels, chosen.inputs)
+    steps = triton.cdiv(samples * out_height * out_width, chosen.rows)
+    splits = max(1, min(steps, triton.cdiv(GRADIENT_PROGRAMS, max(tiles * taps, 1))))
+    partial = x.new_empty((splits, out_channels, *weight.shape[2:], in_channels), dtype=torch.float32)
+    if partial.numel():
+        blocked, block = (out_mask, chosen.outputs) if out_mask is not None else (in_mask, chosen.inputs)
+        lists = ALL if blocked is None else plan(_keeps_any(blocked, block).T)
+        in_mask, out_mask = (None if mask is None else mask.contiguous() for mask in (in_mask, out_mask))
+        x, dy = channels_dense(x), channels_dense(dy)
+        with torch.cuda.device_of(x):
+            gradient_kernels.weight_gradient_kernel[(tiles, taps, splits)](
+                x, dy, in_mask, out_mask, lists.index, lists.count, partial,
+                samples, height, width, in_channels, out_height, out_width, out_channels,
+                x.stride(0), x.stride(2), x.stride(3), dy.stride(0), dy.stride(2), dy.stride(3),
+                *weight.shape[2:], *stride, *padding, *dilation, BY_OUTPUTS=out_mask is not None,
+                PRECISION=precision(x), OUTPUTS=chosen.outputs, INPUTS=chosen.inputs, ROWS=chosen.rows,
+                num_warps=chosen.warps, num_stages=chosen.stages,
+            )  # fmt: skip
+    return partial.sum(0).permute(0, 3, 1, 2)
+
+
+def _keeps_any(mask: Tensor, block: int) -> Tensor:
+    """Bool (N, blocks): whether a sample keeps any channel of a block of neighbouring ones."""
+    samples, channels = mask.shape
+    blocks = triton.cdiv(channels, block)
+    padded = torch.nn.functional.pad(mask, (0, blocks * block - channels))
+    return padded.view(samples, blocks, block).any(2)
