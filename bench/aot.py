@@ -1,44 +1,60 @@
 """Compile every Triton kernel and shipped configuration for chips that are not there, and judge what came out.
 
-Needs Triton alone: neither PyTorch nor a GPU nor an installation. ``python bench/aot.py [--arch 80 90 100] [--json F]``.
+``python bench/aot.py`` needs Triton alone, whichever release: neither PyTorch nor a GPU nor an installation. It ends
+with 1 if a case spills registers, takes more shared memory than a block may have, or misses the matrix units.
 """
 
 import argparse
-import importlib.metadata
-import json
 import re
 import subprocess
 import sys
 import tempfile
 import types
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-# The package imports PyTorch, its kernels do not: they are found through packages that are nothing but their folders.
-for _name in ("gatedkernels", "gatedkernels.ops", "gatedkernels.ops.plan", "gatedkernels.ops.ragged"):
-    if _name not in sys.modules and __name__ in ("__main__", "__mp_main__"):
-        sys.modules[_name] = types.ModuleType(_name)
-        sys.modules[_name].__path__ = [str(ROOT.joinpath(*_name.split(".")))]
+# The package imports PyTorch, its kernels do not: where it is not installed they are found through empty packages.
+if "gatedkernels" not in sys.modules:
+    for name in ("gatedkernels", "gatedkernels.ops"):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(ROOT.joinpath(*name.split(".")))]
+    sys.modules["gatedkernels.ops.plan"] = types.ModuleType("gatedkernels.ops.plan")
+    sys.modules["gatedkernels.ops.plan"].__path__ = [str(ROOT / "gatedkernels" / "ops" / "plan")]
 
+warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from gatedkernels.ops.plan import kernels as plan_kernels  # noqa: E402
-from gatedkernels.ops.ragged import kernels  # noqa: E402
-from gatedkernels.ops.ragged.configurations import Tile, shipped  # noqa: E402
+from gatedkernels.ops.ragged import gradient_kernels, kernels  # noqa: E402
+from gatedkernels.ops.ragged.configurations import GRADIENT_TILES, GradientTile, Tile, shipped  # noqa: E402
 
-ARCHITECTURES = (80, 90, 100)
-# Shared memory that one block may have: A100, H100, B200. Shipped tiles must fit into Ada's, too.
-SHARED_LIMIT = 99 * 1024
-NUMBERS = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Shared memory that one block may have on the chips meant. The first holds for Ada, which runs what Ampere's code is.
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The matrix instruction that a tile of 64 pixels or more is meant to use, and smaller ones.
+MATRIX = {80: ("HMMA", "HMMA"), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ATOM = 64  # pixels from which Hopper's warp groups multiply
 
 
 class Case(NamedTuple):
-    """A kernel with everything that is fixed when it is compiled."""
+    """A kernel with everything that is fixed when it is compiled.
+
+    Attributes:
+        name: What it is.
+        kernel: The function.
+        pointers: Types of its tensors.
+        constants: Values of what is constant; every other argument is an int32.
+        warps: As the launcher has it.
+        stages: Likewise.
+        rows: Pixels of its matrix product, if it is one.
+    """
 
     name: str
     kernel: Any
@@ -46,75 +62,90 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     warps: int
     stages: int
-    matrix: bool = False
+    rows: int = 0
 
 
 class Outcome(NamedTuple):
-    """What the compiler made of a case."""
+    """What the compiler made of a case: bytes, and what is wrong with it, if anything."""
 
-    case: str
+    name: str
     arch: int
     registers: int
     shared: int
     spilled: int
-    instructions: str
-    problem: str = ""
+    matrix: str
+    wide_copies: int
+    problem: str
 
 
 def conv(kind: str, numbers: str, tile: Tile, side: int = 3, stride: int = 1) -> Case:
-    """The ragged convolution as a launcher specialises it on aligned channels.
+    """The ragged convolution, as a launcher specialises it for aligned channels.
 
     Args:
-        kind: "out", writes listed channels packed; "in", reads them so; "gradient", of a strided convolution's input.
+        kind: "out" writes listed channels packed, "in" reads such, "dense" has no lists; "dx" is the input's gradient.
         numbers: "bf16", "fp16" or "fp32".
         tile: The configuration.
         side: Of the window.
         stride: Between windows.
     """
-    gradient, out, into = kind == "gradient", kind == "out", kind == "in"
-    tensors = ("x", "weight", "y", *(() if gradient else ("bias",)), *(("residual",) if into else ()))
-    lists = ("out_index", "out_count") if out else ("in_index", "in_count")
-    absent = {"bias", "residual", "gate", "in_index", "in_count", "out_index", "out_count"} - {*tensors, *lists}
+    gradient, out, listed_inputs = kind == "dx", kind == "out", kind in ("in", "dx")
+    tensors = {"x", "weight", "y"} | ({"bias"} if not gradient else set()) | ({"residual"} if kind == "in" else set())
+    lists = {"out_index", "out_count"} if out else {"in_index", "in_count"} if listed_inputs else set()
+    optional = {"bias", "residual", "gate", "in_index", "in_count", "out_index", "out_count"}
     spread, between = (stride, 1) if gradient else (1, stride)
-    return Case(
-        f"conv {kind} {side}x{side}/{stride} {numbers} {tile.rows}x{tile.channels}x{tile.depth}",
-        kernels.ragged_conv_kernel,
-        {**dict.fromkeys(tensors, f"*{numbers}"), **dict.fromkeys(lists, "*i32")},
-        {
-            **dict.fromkeys(absent),
-            # Weights are rows of what is not listed: (K, R, S, C) for listed outputs, (C, R, S, K) for listed inputs.
-            "weight_stride_c" if out else "weight_stride_k": 1,
-            **dict(R=side, S=side, STRIDE_H=between, STRIDE_W=between, PADDING_H=side // 2, PADDING_W=side // 2),
-            **dict(DILATION_H=1, DILATION_W=1, SPREAD_H=spread, SPREAD_W=spread, MIRRORED=gradient, RELU=not gradient),
-            **dict(PACKED_IN=not out, PACKED_OUT=out, PRECISION="tf32" if numbers == "fp32" else "ieee"),
-            **dict(ROWS=tile.rows, CHANNELS=tile.channels, DEPTH=tile.depth),
-        },
-        tile.warps,
-        tile.stages,
-        matrix=True,
-    )
+    constants = {
+        **dict.fromkeys(optional - tensors - lists),
+        # Weights lie in rows of what is not listed: along the outputs where inputs are listed, else along the inputs.
+        "weight_stride_k" if listed_inputs else "weight_stride_c": 1,
+        **dict(R=side, S=side, STRIDE_H=between, STRIDE_W=between, PADDING_H=side // 2, PADDING_W=side // 2),
+        **dict(DILATION_H=1, DILATION_W=1, SPREAD_H=spread, SPREAD_W=spread, MIRRORED=gradient, RELU=not gradient),
+        **dict(PACKED_IN=listed_inputs, PACKED_OUT=out, PRECISION="tf32" if numbers == "fp32" else "ieee"),
+        **dict(ROWS=tile.rows, CHANNELS=tile.channels, DEPTH=tile.depth),
+    }
+    if kind != "dense":
+        constants["shared"] = 1
+    pointers = {**dict.fromkeys(tensors, f"*{numbers}"), **dict.fromkeys(lists, "*i32")}
+    name = f"conv {kind} {side}x{side}/{stride} {numbers} {tile.rows}x{tile.channels}x{tile.depth}"
+    stages = tile.pipeline(listed_inputs)
+    return Case(name, kernels.ragged_conv_kernel, pointers, constants, tile.warps, stages, tile.rows)
+
+
+def weight_gradient(listed: str, numbers: str, tile: GradientTile) -> Case:
+    """The gradient of 3×3 weights where outputs ("out") or inputs ("in") are listed."""
+    mask, other = ("out_mask", "in_mask") if listed == "out" else ("in_mask", "out_mask")
+    pointers = {"x": f"*{numbers}", "dy": f"*{numbers}", mask: "*i1", "index": "*i32", "count": "*i32"}
+    constants = {
+        other: None,
+        **dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1),
+        **dict(BY_OUTPUTS=listed == "out", PRECISION="tf32" if numbers == "fp32" else "ieee"),
+        **dict(OUTPUTS=tile.outputs, INPUTS=tile.inputs, ROWS=tile.rows),
+    }
+    name = f"dweight {listed} {numbers} {tile.outputs}x{tile.inputs}x{tile.rows}"
+    kernel = gradient_kernels.weight_gradient_kernel
+    return Case(name, kernel, {**pointers, "partial": "*fp32"}, constants, tile.warps, tile.stages, tile.outputs)
 
 
 def cases() -> Iterator[Case]:
     """Everything that is shipped."""
-    lists = {"mask": "*i1", "index": "*i32", "count": "*i32"}
-    yield Case("plan", plan_kernels.plan_kernel, lists, {"CHUNK": plan_kernels.CHUNK}, 4, 3)
-    for numbers, size in NUMBERS.items():
-        pointers = {"x": f"*{numbers}", "packed": f"*{numbers}", "index": "*i32", "count": "*i32"}
-        yield Case(f"pack {numbers}", kernels.pack_kernel, pointers, {"PIXELS": 64, "CHANNELS": 32}, 4, 3)
-        for bytes_, tile in sorted(shipped()):
-            if bytes_ == size:
-                yield from (conv(kind, numbers, tile) for kind in ("out", "in"))
-        widest = max(tile for bytes_, tile in shipped() if bytes_ == size)
+    lists = {"index": "*i32", "count": "*i32"}
+    yield Case("plan", plan_kernels.plan_kernel, {"mask": "*i1", **lists}, {"CHUNK": plan_kernels.CHUNK}, 4, 3)
+    for numbers, size in SIZES.items():
+        pack = {"x": f"*{numbers}", "packed": f"*{numbers}", **lists}
+        yield Case(f"pack {numbers}", kernels.pack_kernel, pack, {"PIXELS": 64, "CHANNELS": 32}, 4, 3)
+        tiles = sorted(tile for bytes_, tile in shipped() if bytes_ == size)
+        yield from (conv(kind, numbers, tile) for tile in tiles for kind in ("out", "in"))
+        widest = tiles[-1]
         yield from (conv(kind, numbers, widest, side=1) for kind in ("out", "in"))
-        yield from (conv(kind, numbers, widest, stride=2) for kind in ("out", "gradient"))
+        yield from (conv(kind, numbers, widest, stride=2) for kind in ("out", "dx"))
+        yield from (conv(kind, numbers, widest) for kind in ("dense", "dx"))
+        yield from (weight_gradient(listed, numbers, GRADIENT_TILES[size]) for listed in ("out", "in"))
 
 
 def compile_case(case: Case, arch: int) -> Outcome:
-    """Compile one case for one chip, and read registers, shared memory, spills and instructions off the machine code."""
+    """Compile a case for a chip; read registers, shared memory, spills and instructions off the machine code."""
     names = case.kernel.arg_names
     types_ = {n: "constexpr" if n in case.constants else case.pointers.get(n, "i32") for n in names}
-    # As the launcher finds it: aligned memory, and strides and channels that are multiples of 16.
+    # As a launcher finds it: aligned memory; strides and channels that are multiples of 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
@@ -128,21 +159,19 @@ def compile_case(case: Case, arch: int) -> Outcome:
         file.flush()
         usage = disassemble("--dump-resource-usage", file.name)
         code = disassemble("--dump-sass", file.name)
-    registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
-    spilled = stack + local
-    matrix = re.search(r"UTC\w*MMA|HGMMA|HMMA", code)
-    instructions = " ".join(
-        name for name, pattern in (("async", r"LDGSTS|UTMALDG"), (matrix[0] if matrix else "", r"MMA")) if name and re.search(pattern, code)
-    )
-    shared = compiled.metadata.shared
+    used = {what: int(number) for what, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    spilled, shared = used["STACK"] + used["LOCAL"], compiled.metadata.shared
+    matrix = re.search(r"UTCHMMA|HGMMA|HMMA", code)
+    found, meant = matrix[0] if matrix else "", MATRIX[arch][case.rows < ATOM] if case.rows else ""
     problem = ""
     if spilled:
         problem = f"spills {spilled} bytes"
-    elif shared > SHARED_LIMIT:
-        problem = f"takes {shared} bytes of shared memory, {SHARED_LIMIT} are allowed"
-    elif case.matrix and not matrix:
-        problem = "does not use the matrix units"
-    return Outcome(case.name, arch, registers, shared, spilled, instructions, problem)
+    elif shared > min(SHARED.values()):
+        problem = f"takes {shared} bytes of shared memory where {min(SHARED.values())} are allowed"
+    elif found != meant:
+        problem = f"multiplies by {found or 'no matrix unit'} where {meant} is meant"
+    wide = len(re.findall(r"LDGSTS\S*\.128|UTMALDG", code))
+    return Outcome(case.name, arch, used["REG"], shared, spilled, found, wide, problem)
 
 
 def disassemble(option: str, path: str) -> str:
@@ -151,10 +180,42 @@ def disassemble(option: str, path: str) -> str:
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
+def table(outcomes: list[Outcome]) -> str:
+    """Markdown."""
+    rows = [
+        "| case | sm | registers | shared memory | spilled | matrix units | 16-byte copies | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join(rows + ["| " + " | ".join(map(str, outcome)) + " |" for outcome in outcomes])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED), choices=list(SHARED))
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name it matches")
+    parser.add_argument("--table", type=Path, help="also write the table to this file")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args(arguments)
+    chosen = [case for case in cases() if re.search(options.only, case.name)]
+    outcomes = []
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for arch in options.arch:
+            outcomes += pool.map(partial(_by_name, arch=arch), [case.name for case in chosen])
+    text = f"Triton {triton.__version__}\n\n{table(outcomes)}"
+    print(text)
+    if options.table:
+        options.table.write_text(text + "\n")
+    wrong = [outcome for outcome in outcomes if outcome.problem]
+    for outcome in wrong:
+        print(f"{outcome.name} for sm_{outcome.arch} {outcome.problem}", file=sys.stderr)
+    return 1 if wrong or not outcomes else 0
+
+
+def _by_name(name: str, arch: int) -> Outcome:
+    """Kernels do not travel between processes, their names do."""
+    return compile_case(next(case for case in cases() if case.name == name), arch)
+
+
 if __name__ == "__main__":
-    import time
-    for case in cases():
-        if len(sys.argv) > 1 and not re.search(sys.argv[1], case.name): continue
-        for arch in ARCHITECTURES:
-            t = time.time()
-            print(*compile_case(case, arch), f"{time.time()-t:.1f}s", sep=" | ", flush=True)
+    sys.exit(main())
