@@ -40,6 +40,7 @@ SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # The matrix instruction that a tile of 64 pixels or more is meant to use, and smaller ones.
 MATRIX = {80: ("HMMA", "HMMA"), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+PRECISIONS = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32"}
 ATOM = 64  # pixels from which Hopper's warp groups multiply
 
 
@@ -78,6 +79,12 @@ class Outcome(NamedTuple):
     problem: str
 
 
+def window(side: int, stride: int) -> dict[str, int]:
+    """A square window with the padding that keeps the size at stride 1."""
+    values = {"STRIDE": stride, "PADDING": side // 2, "DILATION": 1}
+    return {"R": side, "S": side, **{f"{name}_{axis}": value for name, value in values.items() for axis in "HW"}}
+
+
 def conv(kind: str, numbers: str, tile: Tile, side: int = 3, stride: int = 1) -> Case:
     """The ragged convolution, as a launcher specialises it for aligned channels.
 
@@ -97,10 +104,17 @@ def conv(kind: str, numbers: str, tile: Tile, side: int = 3, stride: int = 1) ->
         **dict.fromkeys(optional - tensors - lists),
         # Weights lie in rows of what is not listed: along the outputs where inputs are listed, else along the inputs.
         "weight_stride_k" if listed_inputs else "weight_stride_c": 1,
-        **dict(R=side, S=side, STRIDE_H=between, STRIDE_W=between, PADDING_H=side // 2, PADDING_W=side // 2),
-        **dict(DILATION_H=1, DILATION_W=1, SPREAD_H=spread, SPREAD_W=spread, MIRRORED=gradient, RELU=not gradient),
-        **dict(PACKED_IN=listed_inputs, PACKED_OUT=out, PRECISION="tf32" if numbers == "fp32" else "ieee"),
-        **dict(ROWS=tile.rows, CHANNELS=tile.channels, DEPTH=tile.depth),
+        **window(side, between),
+        "SPREAD_H": spread,
+        "SPREAD_W": spread,
+        "MIRRORED": gradient,
+        "RELU": not gradient,
+        "PACKED_IN": listed_inputs,
+        "PACKED_OUT": out,
+        "PRECISION": PRECISIONS[numbers],
+        "ROWS": tile.rows,
+        "CHANNELS": tile.channels,
+        "DEPTH": tile.depth,
     }
     if kind != "dense":
         constants["shared"] = 1
@@ -116,9 +130,12 @@ def weight_gradient(listed: str, numbers: str, tile: GradientTile) -> Case:
     pointers = {"x": f"*{numbers}", "dy": f"*{numbers}", mask: "*i1", "index": "*i32", "count": "*i32"}
     constants = {
         other: None,
-        **dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1),
-        **dict(BY_OUTPUTS=listed == "out", PRECISION="tf32" if numbers == "fp32" else "ieee"),
-        **dict(OUTPUTS=tile.outputs, INPUTS=tile.inputs, ROWS=tile.rows),
+        **window(3, 1),
+        "BY_OUTPUTS": listed == "out",
+        "PRECISION": PRECISIONS[numbers],
+        "OUTPUTS": tile.outputs,
+        "INPUTS": tile.inputs,
+        "ROWS": tile.rows,
     }
     name = f"dweight {listed} {numbers} {tile.outputs}x{tile.inputs}x{tile.rows}"
     kernel = gradient_kernels.weight_gradient_kernel

@@ -211,12 +211,11 @@ def test_widths_need_no_list(shared: int):
     lists = -(-3 // shared)
     ins, outs = (torch.randint(1, most, (lists,), dtype=torch.int32, device=DEVICE) for most in (20, 30))
     y = torch.empty(3, 4, 5, 30, device=DEVICE).permute(0, 3, 1, 2)
-    launch.convolve(
-        x, weight, None, y, launch.List(None, ins), launch.List(None, outs), padding=(1, 1), shared=shared
-    )
+    launch.convolve(x, weight, None, y, launch.List(None, ins), launch.List(None, outs), padding=(1, 1), shared=shared)
     for n in range(3):
         i, o = int(ins[n // shared]), int(outs[n // shared])
-        torch.testing.assert_close(y[n, :o], conv2d(x[n : n + 1, :i], weight[:o, :i], padding=1)[0], rtol=1e-4, atol=1e-4)
+        exact = conv2d(x[n : n + 1, :i], weight[:o, :i], padding=1)[0]
+        torch.testing.assert_close(y[n, :o], exact, rtol=1e-4, atol=1e-4)
         assert (y[n, o:] == 0).all()
 
 

@@ -291,7 +291,8 @@ def gated_conv2d(
         group: Granularity of the masks: one decision for ``group`` neighbouring channels.
         dense_input_grad: The gradient of ``x`` is that of the unmasked convolution, for every channel: what a
             straight-through gate estimator needs, and autograd of ``x * gate`` supplies.
-        backend: "reference", "dense", "cpu", "triton", "cuda", or "auto": the policy's. An explicit one never falls back.
+        backend: "reference", "dense", "cpu", "triton", "cuda", or "auto": the policy's choice. An explicit one never
+            falls back.
 
     Returns:
         Shape (N, K, H', W') with H' = (H + 2 padding - dilation (R - 1) - 1) // stride + 1, channels-last if ``x`` is

@@ -244,7 +244,8 @@ def gated_linear(
         group: Granularity of the masks: one decision for ``group`` neighbouring channels.
         dense_input_grad: The gradient of ``x`` is that of the unmasked layer, for every channel: what a
             straight-through gate estimator needs, and autograd of ``x * gate`` supplies.
-        backend: "reference", "dense", "cpu", "triton", or "auto": the policy's choice. An explicit one never falls back.
+        backend: "reference", "dense", "cpu", "triton", or "auto": the policy's choice. An explicit one never falls
+            back.
 
     Returns:
         Shape (N, …, K), contiguous.

@@ -25,12 +25,12 @@ class Tile(NamedTuple):
     stages: int
 
     def pipeline(self, listed_inputs: bool) -> int:
-        """The compiler's number of stages: where weights are found through a list, its loads are stages of their own."""
+        """The compiler's number of stages: where weights are found through a list, its loads have their own."""
         return 2 * self.stages - 1 if listed_inputs else self.stages
 
 
-# By bytes of a number and pixels of a list: the first row whose bound is not exceeded. Weights are fetched anew for each
-# list, so lists of few pixels take few rows and many channels.
+# By bytes of a number and pixels of a list: the first row whose bound is not exceeded. Weights are fetched anew for
+# each list, so that lists of few pixels are bound by that, whatever the tile.
 TILES: dict[int, tuple[tuple[float, Tile], ...]] = {
     2: (
         (16, Tile(16, 64, 64, 4, 4)),

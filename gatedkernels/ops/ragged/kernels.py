@@ -89,7 +89,7 @@ def ragged_conv_kernel(
     outs = out_channels
     if out_count is not None:
         outs = tl.load(out_count + group)
-    if PACKED_OUT:
+    if PACKED_OUT:  # noqa: SIM102 - decided when it is compiled, what follows when it runs
         if first >= outs:
             return
     position = first + tl.arange(0, CHANNELS)
