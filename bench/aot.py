@@ -5,6 +5,7 @@ with 1 if a case spills registers, takes more shared memory than a block may hav
 """
 
 import argparse
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import types
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,10 +215,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
     chosen = [case for case in cases() if re.search(options.only, case.name)]
-    outcomes = []
-    with ProcessPoolExecutor(options.jobs) as pool:
-        for arch in options.arch:
-            outcomes += pool.map(partial(_by_name, arch=arch), [case.name for case in chosen])
+    wanted = [(case.name, arch) for arch in options.arch for case in chosen]
+    if options.jobs == 1:
+        outcomes = [compile_named(each) for each in wanted]
+    else:
+        # Fresh processes: copies of this one may hold the compiler's locks.
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+            outcomes = list(pool.map(compile_named, wanted))
     text = f"Triton {triton.__version__}\n\n{table(outcomes)}"
     print(text)
     if options.table:
@@ -229,8 +232,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong or not outcomes else 0
 
 
-def _by_name(name: str, arch: int) -> Outcome:
-    """Kernels do not travel between processes, their names do."""
+def compile_named(wanted: tuple[str, int]) -> Outcome:
+    """``compile_case`` for what travels between processes: the name of a case, and a chip."""
+    name, arch = wanted
     return compile_case(next(case for case in cases() if case.name == name), arch)
 
 

@@ -185,21 +185,17 @@ def test_linear_layers(gradients, samples: tuple, tokens: tuple, ins: float | No
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_similar_samples_share_a_list():
-    """Two launches with the union of neighbouring samples; what only the neighbour keeps is zero."""
-    from gatedkernels.ops.ragged import launch
+def test_neighbouring_samples_share_a_list():
+    """What only the neighbour keeps is zero."""
+    from gatedkernels.ops.ragged import gated
 
-    n, shared, mask = 5, 2, draw(5, 37, 0.4)
-    x = randn(n, 8, 3, 5).contiguous(memory_format=torch.channels_last)
-    weight1, weight2 = randn(37, 8, 3, 3), randn(9, 37, 3, 3)
-    union = launch.plan(mask, shared)
-    options = {"padding": (1, 1), "relu": True, "shared": shared}
-    hidden = launch.packed_like(x, 37, 3, 5)
-    launch.convolve(x, weight1, None, hidden, outs=union, gate=mask, packed_out=True, **options)
-    y = torch.empty_like(x[:, :1].expand(n, 9, 3, 5), memory_format=torch.channels_last)
-    launch.convolve(hidden, weight2, None, y, union, packed_in=True, **options)
-    exact = conv2d(torch.where(mask[:, :, None, None], conv2d(x, weight1, None, 1, 1).relu(), 0), weight2, None, 1, 1)
-    torch.testing.assert_close(y, exact.relu(), rtol=1e-4, atol=1e-4)
+    for samples, shared in ((5, 2), (3, 4)):
+        mask = draw(samples, 37, 0.4)
+        tensors = [randn(*s) for s in ((samples, 8, 3, 5), (37, 8, 3, 3), (37,), (9, 37, 3, 3), (9,))]
+        residual = randn(samples, 9, 3, 5)
+        y = gated.gated_block(*tensors, mask, residual, (1, 1), shared)
+        exact = gk.gated_block(*tensors, mask, residual=residual, backend="reference")
+        torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shared", [1, 3])

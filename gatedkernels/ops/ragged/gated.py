@@ -132,20 +132,26 @@ def gated_block(
     mask: Tensor,
     residual: Tensor | None,
     stride: Sequence[int],
+    shared: int = 1,
 ) -> Tensor:
-    """The gated basic block in three launches, if x, residual and weights have their rows dense: plan, out, in."""
-    hidden_list = plan(mask)
+    """The gated basic block in three launches, if x, residual and weights have their rows dense: plan, out, in.
+
+    With ``shared`` above 1 so many neighbouring samples share the union of their lists: weights are fetched once for
+    all of them, and what only some of them keep is computed for all and zero for the others.
+    """
+    hidden_list = plan(mask, shared)
     size = arguments.output_size(x, weight1, stride, (1, 1), (1, 1))
     hidden = convolve(
         channels_dense(x), rows(weight1, False), bias1, packed_like(x, weight1.shape[0], *size),
-        outs=hidden_list, stride=stride, padding=(1, 1), relu=True, packed_out=True,
+        outs=hidden_list, stride=stride, padding=(1, 1), relu=True, packed_out=True, shared=shared,
+        gate=None if shared == 1 else mask.contiguous(),
     )  # fmt: skip
     y = _images(x, weight2, size)
     if residual is not None and residual.stride() != y.stride():
         residual = torch.empty_like(y).copy_(residual)
     return convolve(
         hidden, rows(weight2, True), bias2, y, hidden_list,
-        padding=(1, 1), relu=True, residual=residual, packed_in=True,
+        padding=(1, 1), relu=True, residual=residual, packed_in=True, shared=shared,
     )  # fmt: skip
 
 
