@@ -41,6 +41,8 @@ SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX = {80: ("HMMA", "HMMA"), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PRECISIONS = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32"}
+HEAD = """| case | sm | registers | shared memory | spilled | matrix units | 16-byte copies | |
+|---|---|---|---|---|---|---|---|"""
 ATOM = 64  # pixels from which Hopper's warp groups multiply
 
 
@@ -197,15 +199,6 @@ def disassemble(option: str, path: str) -> str:
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """Markdown."""
-    rows = [
-        "| case | sm | registers | shared memory | spilled | matrix units | 16-byte copies | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    return "\n".join(rows + ["| " + " | ".join(map(str, outcome)) + " |" for outcome in outcomes])
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -216,20 +209,28 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chosen = [case for case in cases() if re.search(options.only, case.name)]
     wanted = [(case.name, arch) for arch in options.arch for case in chosen]
-    if options.jobs == 1:
-        outcomes = [compile_named(each) for each in wanted]
-    else:
-        # Fresh processes: copies of this one may hold the compiler's locks.
-        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-            outcomes = list(pool.map(compile_named, wanted))
-    text = f"Triton {triton.__version__}\n\n{table(outcomes)}"
-    print(text)
+    lines, outcomes = [f"Triton {triton.__version__}\n", HEAD], []
+    print(*lines, sep="\n", flush=True)
+    for outcome in compile_all(wanted, options.jobs):
+        outcomes.append(outcome)
+        lines.append("| " + " | ".join(map(str, outcome)) + " |")
+        print(lines[-1], flush=True)
     if options.table:
-        options.table.write_text(text + "\n")
+        options.table.write_text("\n".join(lines) + "\n")
     wrong = [outcome for outcome in outcomes if outcome.problem]
     for outcome in wrong:
         print(f"{outcome.name} for sm_{outcome.arch} {outcome.problem}", file=sys.stderr)
     return 1 if wrong or not outcomes else 0
+
+
+def compile_all(wanted: list[tuple[str, int]], jobs: int) -> Iterator[Outcome]:
+    """Every outcome as it comes, in order."""
+    if jobs == 1:
+        yield from map(compile_named, wanted)
+        return
+    # Fresh processes: copies of this one may hold the compiler's locks.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_named, wanted)
 
 
 def compile_named(wanted: tuple[str, int]) -> Outcome:

@@ -229,7 +229,7 @@ def test_every_element_is_written_once(packed: bool, shared: int, pixels: int):
         x, weight, bias = torch.zeros(n, 1, pixels, 1, device=DEVICE), randn(k, 1, 1, 1), torch.ones(k, device=DEVICE)
         memory = launch.packed_like(x, k, pixels, 1).fill_(0)
         room = memory.as_strided((n, pixels, memory.stride(3)), (memory.stride(0), memory.stride(3), 1))
-        listed = torch.arange(room.shape[2], device=DEVICE) < lists.count.repeat_interleave(shared)[:n, None]
+        listed = torch.arange(room.shape[2], device=DEVICE) < lists.counts.repeat_interleave(shared)[:n, None]
         room.copy_(torch.where(listed[:, None], 0.0, untouched).expand_as(room))
         y = memory if packed else torch.zeros(n, pixels, k, device=DEVICE).mT[..., None]
         launch.convolve(
@@ -237,12 +237,12 @@ def test_every_element_is_written_once(packed: bool, shared: int, pixels: int):
             configuration=Tile(16, 32, 16, 4, 2),
         )  # fmt: skip
         if packed:
-            step = listed.logical_or(torch.arange(room.shape[2], device=DEVICE) < _up(lists.count, shared)[:n, None])
+            step = listed.logical_or(torch.arange(room.shape[2], device=DEVICE) < _up(lists.counts, shared)[:n, None])
             expected = torch.where(listed, 1.0, torch.where(step, 0.0, untouched))
             assert torch.equal(room, expected[:, None].expand_as(room))
         else:
-            open_ = torch.zeros(len(lists.count), k, dtype=torch.bool, device=DEVICE)
-            open_.scatter_(1, lists.index.long(), active(*lists))
+            open_ = torch.zeros(len(lists.counts), k, dtype=torch.bool, device=DEVICE)
+            open_.scatter_(1, lists.indices.long(), active(*lists))
             expected = open_.repeat_interleave(shared, 0)[:n].float()
             assert torch.equal(y[..., 0], expected[..., None].expand(n, k, pixels))
 

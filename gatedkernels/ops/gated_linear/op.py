@@ -146,10 +146,10 @@ def _backward_triton(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     from gatedkernels.ops.ragged import gated
 
-    rows, masks = _by_mask(x, in_mask, out_mask)
+    rows, (ins, outs) = _by_mask(x, in_mask, out_mask)
     dy_rows, _ = _by_mask(dy, in_mask, out_mask)
-    dx, *others = gated.gated_linear_backward(dy_rows, rows, weight, *masks, dense_input_grad, output_mask)
-    return None if dx is None else dx.view(x.shape), *others
+    dx, dweight, dbias = gated.gated_linear_backward(dy_rows, rows, weight, ins, outs, dense_input_grad, output_mask)
+    return None if dx is None else dx.view(x.shape), dweight, dbias
 
 
 # The backends with gradients of their own; the others take the reference's.

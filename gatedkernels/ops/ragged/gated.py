@@ -1,6 +1,7 @@
 """Gated operations composed of plans, packings and ragged convolutions: the backend "triton"."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._select import select
 from gatedkernels.ops.ragged.launch import (
     ALL,
+    CONV_FLAG,
+    LINEAR_FLAG,
     List,
     channels_dense,
     convolve,
@@ -17,6 +20,8 @@ from gatedkernels.ops.ragged.launch import (
     plan,
     weight_gradient,
 )
+
+_POINT = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation and groups of a linear layer
 
 
 def rows(weight: Tensor, listed_inputs: bool) -> Tensor:
@@ -74,6 +79,7 @@ def gated_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    flag: Any = CONV_FLAG,
 ) -> Tensor:
     """The gated convolution of any geometry without groups."""
     _one_group(groups)
@@ -84,7 +90,7 @@ def gated_conv2d(
     return convolve(
         x, rows(weight, ins is not ALL and outs is ALL), bias, y, ins, outs,
         stride=stride, padding=padding, dilation=dilation, packed_in=ins is not ALL,
-        shared=x.shape[0] if ins is outs is ALL else 1,
+        shared=x.shape[0] if ins is outs is ALL else 1, flag=flag,
     )  # fmt: skip
 
 
@@ -100,6 +106,7 @@ def gated_conv2d_backward(
     groups: int,
     dense_input_grad: bool,
     output_mask: Sequence[bool],
+    flag: Any = CONV_FLAG,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias; with ``dense_input_grad`` that of x as if no input were closed."""
     _one_group(groups)
@@ -113,10 +120,11 @@ def gated_conv2d_backward(
         dx = convolve(
             packed, rows(weight.transpose(0, 1), ins is not ALL and outs is ALL), None, _images(x, None, x.shape[2:]),
             ins, outs, padding=turned, dilation=dilation, spread=stride, mirrored=True, packed_in=ins is not ALL,
-            shared=x.shape[0] if ins is outs is ALL else 1,
+            shared=x.shape[0] if ins is outs is ALL else 1, flag=flag,
         )  # fmt: skip
     if output_mask[1]:
-        dweight = weight_gradient(dy, x, weight, in_mask, out_mask, stride, padding, dilation).to(weight.dtype)
+        wide = weight_gradient(dy, x, weight, in_mask, out_mask, stride, padding, dilation, flag)
+        dweight = wide.to(weight.dtype)
     if output_mask[2]:
         open_dy = dy if out_mask is None else select(dy, out_mask[:, :, None, None])
         dbias = open_dy.sum((0, 2, 3))
@@ -159,7 +167,7 @@ def gated_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_mask: Tensor | None, out_mask: Tensor | None
 ) -> Tensor:
     """The gated linear layer of (masks, tokens of a mask, C): a 1×1 convolution of images one pixel wide."""
-    y = gated_conv2d(_as_images(x), _as_filters(weight), bias, in_mask, out_mask, (1, 1), (0, 0), (1, 1), 1)
+    y = gated_conv2d(_as_images(x), _as_filters(weight), bias, in_mask, out_mask, *_POINT, LINEAR_FLAG)
     return y.squeeze(3).transpose(1, 2)
 
 
@@ -175,7 +183,7 @@ def gated_linear_backward(
     """Gradients of x, weight and bias, likewise."""
     dx, dweight, dbias = gated_conv2d_backward(
         _as_images(dy), _as_images(x), _as_filters(weight), in_mask, out_mask,
-        (1, 1), (0, 0), (1, 1), 1, dense_input_grad, output_mask,
+        *_POINT, dense_input_grad, output_mask, LINEAR_FLAG,
     )  # fmt: skip
     return (
         None if dx is None else dx.squeeze(3).transpose(1, 2),

@@ -1,7 +1,7 @@
 """Launches of the ragged convolution: shapes in, grids out. Nothing here looks at a value on the device."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,12 +18,12 @@ class List(NamedTuple):
     """The channels that count, for each group of ``shared`` neighbouring samples.
 
     Attributes:
-        index: Int32 (lists, channels), those that count first; None: 0, 1, 2, …
-        count: Int32 (lists,), how many count; None: all.
+        indices: Int32 (lists, channels), those that count first; None: 0, 1, 2, …
+        counts: Int32 (lists,), how many count; None: all.
     """
 
-    index: Tensor | None = None
-    count: Tensor | None = None
+    indices: Tensor | None = None
+    counts: Tensor | None = None
 
 
 ALL = List()
@@ -63,15 +63,19 @@ def pack(x: Tensor, channels: List) -> Tensor:
     if all(grid):
         with torch.cuda.device_of(x):
             kernels.pack_kernel[grid](
-                x, packed, channels.index, channels.count, height * width, width, width_in, *x.stride(),
+                x, packed, channels.indices, channels.counts, height * width, width, width_in, *x.stride(),
                 packed.stride(0), packed.stride(3), PIXELS=64, CHANNELS=32, num_warps=4,
             )  # fmt: skip
     return packed
 
 
-def precision(x: Tensor) -> str:
-    """How float32 numbers are multiplied: as PyTorch's flag for convolutions says."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+# PyTorch's flags for how float32 numbers are multiplied.
+CONV_FLAG = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+LINEAR_FLAG = torch.backends.cuda.matmul
+
+
+def _precision(x: Tensor, flag: Any) -> str:
+    return "tf32" if x.dtype == torch.float32 and flag.fp32_precision == "tf32" else "ieee"
 
 
 def convolve(
@@ -93,6 +97,7 @@ def convolve(
     packed_in: bool = False,
     packed_out: bool = False,
     shared: int = 1,
+    flag: Any = CONV_FLAG,
     configuration: Tile | None = None,
 ) -> Tensor:
     """Convolve listed channels of ``x`` into listed channels of ``y``, and return that.
@@ -116,6 +121,7 @@ def convolve(
             has an index, they lie side by side and nothing behind them is read.
         packed_out: Write the listed channels side by side; else each at its place, and zeros elsewhere.
         shared: Neighbouring samples that share a list.
+        flag: Says how float32 numbers are multiplied.
         configuration: A tile; None: the shipped one.
     """
     samples, in_channels, height, width = x.shape
@@ -129,13 +135,13 @@ def convolve(
     assert (x.stride(1) == 1 or in_channels == 1) and (y.stride(1) == 1 or out_channels == 1)
     with torch.cuda.device_of(x):
         kernels.ragged_conv_kernel[grid](
-            x, weight, bias, residual, gate, y, ins.index, ins.count, outs.index, outs.count,
+            x, weight, bias, residual, gate, y, ins.indices, ins.counts, outs.indices, outs.counts,
             samples, min(shared, samples), height, width, in_channels, out_height, out_width, out_channels,
             x.stride(0), x.stride(2), x.stride(3), *weight.stride(), y.stride(0), y.stride(2), y.stride(3),
             *weight.shape[2:], *stride, *padding, *dilation, *spread,
-            MIRRORED=mirrored, RELU=relu, PACKED_IN=packed_in, PACKED_OUT=packed_out, PRECISION=precision(x),
+            MIRRORED=mirrored, RELU=relu, PACKED_IN=packed_in, PACKED_OUT=packed_out, PRECISION=_precision(x, flag),
             ROWS=chosen.rows, CHANNELS=chosen.channels, DEPTH=chosen.depth,
-            num_warps=chosen.warps, num_stages=chosen.pipeline(ins.index is not None),
+            num_warps=chosen.warps, num_stages=chosen.pipeline(ins.indices is not None),
         )  # fmt: skip
     return y
 
@@ -149,6 +155,7 @@ def weight_gradient(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    flag: Any = CONV_FLAG,
 ) -> Tensor:
     """The gradient of the weights of ``convolve`` for these masks, in float32 and strides (K, R, S, C).
 
@@ -169,11 +176,11 @@ def weight_gradient(
         x, dy = channels_dense(x), channels_dense(dy)
         with torch.cuda.device_of(x):
             gradient_kernels.weight_gradient_kernel[(tiles, taps, splits)](
-                x, dy, in_mask, out_mask, lists.index, lists.count, partial,
+                x, dy, in_mask, out_mask, lists.indices, lists.counts, partial,
                 samples, height, width, in_channels, out_height, out_width, out_channels,
                 x.stride(0), x.stride(2), x.stride(3), dy.stride(0), dy.stride(2), dy.stride(3),
                 *weight.shape[2:], *stride, *padding, *dilation, BY_OUTPUTS=out_mask is not None,
-                PRECISION=precision(x), OUTPUTS=chosen.outputs, INPUTS=chosen.inputs, ROWS=chosen.rows,
+                PRECISION=_precision(x, flag), OUTPUTS=chosen.outputs, INPUTS=chosen.inputs, ROWS=chosen.rows,
                 num_warps=chosen.warps, num_stages=chosen.stages,
             )  # fmt: skip
     return partial.sum(0).permute(0, 3, 1, 2)
