@@ -35,8 +35,8 @@ from gatedkernels.ops.plan import kernels as plan_kernels  # noqa: E402
 from gatedkernels.ops.ragged import gradient_kernels, kernels  # noqa: E402
 from gatedkernels.ops.ragged.configurations import GRADIENT_TILES, GradientTile, Tile, shipped  # noqa: E402
 
-# Shared memory that one block may have on the chips meant. The first holds for Ada, which runs what Ampere's code is.
-SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Shared memory that a block may have on the chip meant that has least, Ada.
+SHARED = 99 * 1024
 # The matrix instruction that a tile of 64 pixels or more is meant to use, and smaller ones.
 MATRIX = {80: ("HMMA", "HMMA"), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -151,12 +151,13 @@ def cases() -> Iterator[Case]:
     for numbers, size in SIZES.items():
         pack = {"x": f"*{numbers}", "packed": f"*{numbers}", **lists}
         yield Case(f"pack {numbers}", kernels.pack_kernel, pack, {"PIXELS": 64, "CHANNELS": 32}, 4, 3)
-        tiles = sorted(tile for bytes_, tile in shipped() if bytes_ == size)
-        yield from (conv(kind, numbers, tile) for tile in tiles for kind in ("out", "in"))
-        widest = tiles[-1]
-        yield from (conv(kind, numbers, widest, side=1) for kind in ("out", "in"))
-        yield from (conv(kind, numbers, widest, stride=2) for kind in ("out", "dx"))
-        yield from (conv(kind, numbers, widest) for kind in ("dense", "dx"))
+        for kind, listed in (("out", True), ("in", False)):
+            tiles = shipped(size, listed)
+            yield from (conv(kind, numbers, tile) for tile in tiles)
+            yield conv(kind, numbers, tiles[-1], side=1)
+        yield conv("out", numbers, shipped(size, True)[-1], stride=2)
+        yield conv("dx", numbers, tiles[-1], stride=2)
+        yield from (conv(kind, numbers, tiles[-1]) for kind in ("dense", "dx"))
         yield from (weight_gradient(listed, numbers, GRADIENT_TILES[size]) for listed in ("out", "in"))
 
 
@@ -181,16 +182,23 @@ def compile_case(case: Case, arch: int) -> Outcome:
     used = {what: int(number) for what, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     spilled, shared = used["STACK"] + used["LOCAL"], compiled.metadata.shared
     matrix = re.search(r"UTCHMMA|HGMMA|HMMA", code)
-    found, meant = matrix[0] if matrix else "", MATRIX[arch][case.rows < ATOM] if case.rows else ""
-    problem = ""
-    if spilled:
-        problem = f"spills {spilled} bytes"
-    elif shared > min(SHARED.values()):
-        problem = f"takes {shared} bytes of shared memory where {min(SHARED.values())} are allowed"
-    elif found != meant:
-        problem = f"multiplies by {found or 'no matrix unit'} where {meant} is meant"
+    found = matrix[0] if matrix else ""
     wide = len(re.findall(r"LDGSTS\S*\.128|UTMALDG", code))
-    return Outcome(case.name, arch, used["REG"], shared, spilled, found, wide, problem)
+    return Outcome(
+        case.name, arch, used["REG"], shared, spilled, found, wide, judge(case, arch, shared, spilled, found)
+    )
+
+
+def judge(case: Case, arch: int, shared: int, spilled: int, matrix: str) -> str:
+    """What is wrong with a compiled case, or nothing."""
+    meant = MATRIX[arch][case.rows < ATOM] if case.rows else ""
+    if spilled:
+        return f"spills {spilled} bytes"
+    if shared > SHARED:
+        return f"takes {shared} bytes of shared memory where {SHARED} are allowed"
+    if matrix != meant:
+        return f"multiplies by {matrix or 'no matrix unit'} where {meant or 'none'} is meant"
+    return ""
 
 
 def disassemble(option: str, path: str) -> str:
@@ -202,7 +210,7 @@ def disassemble(option: str, path: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED), choices=list(SHARED))
+    parser.add_argument("--arch", type=int, nargs="+", default=list(MATRIX), choices=list(MATRIX))
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name it matches")
     parser.add_argument("--table", type=Path, help="also write the table to this file")
     parser.add_argument("--jobs", type=int, default=2)

@@ -47,9 +47,11 @@ TILES: dict[int, tuple[tuple[float, Tile], ...]] = {
 }
 # A list that can hold no more than 64 channels rarely fills a tile of 64: half of one wastes less.
 NARROW = 64
+# Where all outputs are computed and pixels are many, images are fetched half as often for twice as many outputs.
+WIDE = 128
 
 
-def tile(pixels: int, in_channels: int, out_channels: int, size: int) -> Tile:
+def tile(pixels: int, in_channels: int, out_channels: int, size: int, listed_outputs: bool) -> Tile:
     """The tile for lists of so many pixels.
 
     Args:
@@ -57,25 +59,23 @@ def tile(pixels: int, in_channels: int, out_channels: int, size: int) -> Tile:
         in_channels: Of the convolution, all counted.
         out_channels: Likewise.
         size: Bytes of a number, 2 or 4.
+        listed_outputs: Whether some of the outputs are not computed.
     """
     chosen = next(each for most, each in TILES[size] if pixels <= most)
     if out_channels <= NARROW:
         chosen = chosen._replace(channels=chosen.channels // 2)
+    elif out_channels >= WIDE and chosen.rows == WIDE and not listed_outputs:
+        chosen = chosen._replace(channels=WIDE)
     if in_channels <= NARROW:
         chosen = chosen._replace(depth=chosen.depth // 2)
     return chosen
 
 
-def shipped() -> set[tuple[int, Tile]]:
-    """Every tile that ``tile`` can return, with the bytes of its numbers."""
-    sizes = (NARROW, NARROW + 1)
-    return {
-        (size, tile(int(min(most, 1 << 20)), ins, outs, size))
-        for size, rows in TILES.items()
-        for most, _ in rows
-        for ins in sizes
-        for outs in sizes
-    }
+def shipped(size: int, listed_outputs: bool) -> list[Tile]:
+    """Every tile that ``tile`` can return for numbers of so many bytes, the largest last."""
+    pixels = [int(min(most, 1 << 20)) for most, _ in TILES[size]]
+    sizes = (NARROW, NARROW + 1, WIDE)
+    return sorted({tile(each, ins, outs, size, listed_outputs) for each in pixels for ins in sizes for outs in sizes})
 
 
 class GradientTile(NamedTuple):

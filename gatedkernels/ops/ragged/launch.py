@@ -127,7 +127,7 @@ def convolve(
     samples, in_channels, height, width = x.shape
     _, out_channels, out_height, out_width = y.shape
     pixels = min(shared, samples) * out_height * out_width
-    chosen = configuration or tile(pixels, in_channels, out_channels, x.element_size())
+    chosen = configuration or tile(pixels, in_channels, out_channels, x.element_size(), outs.counts is not None)
     tiles = triton.cdiv(pixels, chosen.rows) * triton.cdiv(out_channels, chosen.channels)
     grid = (triton.cdiv(samples, shared) * tiles,)
     if grid[0] == 0:
