@@ -152,7 +152,9 @@ def cases() -> Iterator[Case]:
         pack = {"x": f"*{numbers}", "packed": f"*{numbers}", **lists}
         yield Case(f"pack {numbers}", kernels.pack_kernel, pack, {"PIXELS": 64, "CHANNELS": 32}, 4, 3)
         for kind, listed in (("out", True), ("in", False)):
-            tiles = shipped(size, listed)
+            tiles = shipped(size, listed)[
+                -1 if numbers == "fp16" else 0 :
+            ]  # float16 differs by an instruction's suffix
             yield from (conv(kind, numbers, tile) for tile in tiles)
             yield conv(kind, numbers, tiles[-1], side=1)
         yield conv("out", numbers, shipped(size, True)[-1], stride=2)

