@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml gatedkernels/_schemas.py
 
-.PHONY: demo test test-slow sanitize bench bench-check lint clean
+.PHONY: demo test test-slow sanitize bench bench-check bench-gpu aot lint clean
 .DEFAULT_GOAL := demo
 
 # PyTorch first, then the package against it: the libraries serve any PyTorch (stable ABI), and this downloads it once.
@@ -52,6 +52,22 @@ bench: $(VENV)/installed
 
 bench-check: $(VENV)/installed
 	$(BIN)/python -m bench.check
+
+# Every Triton kernel, compiled for chips that are not there: registers, shared memory, spills, matrix units.
+aot: $(VENV)/installed
+	$(BIN)/python bench/aot.py
+
+# The same with another release, which needs nothing else: make aot-3.6.
+aot-%:
+	test -x build/triton-$*/bin/python || $(PYTHON) -m venv build/triton-$*
+	build/triton-$*/bin/pip install --quiet "triton==$*.*"
+	build/triton-$*/bin/python bench/aot.py
+
+# On a machine with a GPU: offline, with that machine's python and PyTorch, from a bare checkout.
+OUT ?= build/gpu
+PARTS ?= all
+bench-gpu:
+	$(PYTHON) bench/gpu.py --out $(OUT) $(PARTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info gatedkernels/*.so

@@ -1,6 +1,8 @@
 """Which implementation serves a call, and up to which density: decided from static facts alone."""
 
+import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -153,6 +155,22 @@ def choose(
     rows = CPU_THRESHOLDS[large if weight.numel() > _LARGE and large in CPU_THRESHOLDS else name]
     threshold = next(density for most, density in rows if pixels <= most)
     return Choice("cpu", threshold if channels_last else min(threshold, CPU_CONVERTED[name]))
+
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def triton_problem(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot serve images or tokens like these, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "is not available: the package triton is not installed"
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"needs tensors on a CUDA device, got x on {x.device}"
+    if x.dtype not in TRITON_DTYPES:
+        return f"computes in {', '.join(map(str, TRITON_DTYPES))}, got x of {x.dtype}"
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return "cannot compute in torch.bfloat16 on the CPU: Triton's interpreter multiplies the bits as integers"
+    return None
 
 
 # The same for linear layers: rows of (tokens of one mask up to which the row holds, part of the work). For one token

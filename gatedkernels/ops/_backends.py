@@ -23,6 +23,10 @@ def require(backend: str, launchers: Mapping[str, object], x: Tensor) -> None:
             raise ValueError(f"backend 'cpu' is not available: {_extension.CPU_ERROR}")
         if x.device.type != "cpu":
             raise ValueError(f"backend 'cpu' needs tensors on the CPU, got x on {x.device}")
+    if backend == "triton":
+        problem = policy.triton_problem(x)
+        if problem:
+            raise ValueError(f"backend 'triton' {problem}")
     if backend == "cuda":
         if _extension.CUDA_ERROR is not None:
             raise ValueError(f"backend 'cuda' is not available: {_extension.CUDA_ERROR}")

@@ -29,7 +29,17 @@ def _launch_cpu(
     return torch.ops.gatedkernels.conv_in_cpu(packed, weight, bias, index, count, stride[0])
 
 
-LAUNCHERS: dict[str, Callable[..., Tensor]] = {"reference": conv_in_reference, "cpu": _launch_cpu}
+def _launch_triton(*args: Any) -> Tensor:
+    from gatedkernels.ops.ragged import gated  # importing the package imports no Triton
+
+    return gated.conv_in(*args)
+
+
+LAUNCHERS: dict[str, Callable[..., Tensor]] = {
+    "reference": conv_in_reference,
+    "cpu": _launch_cpu,
+    "triton": _launch_triton,
+}
 
 
 def _forward(*args: Any) -> Tensor:
@@ -105,7 +115,7 @@ def conv_in(
         dilation: Pixels between the taps of a window.
         dense_input_grad: The gradient of ``packed`` also fills the positions from count[n] on, with the gradients of
             the closed channels in the plan's order, as if nothing were closed.
-        backend: "reference", "cpu", or "auto".
+        backend: "reference", "cpu", "triton", or "auto".
 
     Returns:
         Images, shape (N, K, H', W'), contiguous.

@@ -30,7 +30,17 @@ def _launch_cpu(
     return torch.ops.gatedkernels.conv_out_cpu(x, weight, bias, index, count, stride[0], relu)
 
 
-LAUNCHERS: dict[str, Callable[..., Tensor]] = {"reference": conv_out_reference, "cpu": _launch_cpu}
+def _launch_triton(*args: Any) -> Tensor:
+    from gatedkernels.ops.ragged import gated  # importing the package imports no Triton
+
+    return gated.conv_out(*args)
+
+
+LAUNCHERS: dict[str, Callable[..., Tensor]] = {
+    "reference": conv_out_reference,
+    "cpu": _launch_cpu,
+    "triton": _launch_triton,
+}
 
 
 def _forward(*args: Any) -> Tensor:
@@ -103,7 +113,7 @@ def conv_out(
         padding: Zero pixels added on every side.
         dilation: Pixels between the taps of a window.
         relu: Apply a ReLU.
-        backend: "reference", "cpu", or "auto".
+        backend: "reference", "cpu", "triton", or "auto".
 
     Returns:
         Packed images, shape (N, K, H', W'), contiguous: channel j < count[n] of sample n is channel index[n, j] of the

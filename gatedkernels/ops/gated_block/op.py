@@ -1,6 +1,7 @@
 """The gated residual block in one operation: conv, ReLU, mask, conv, residual, ReLU."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,10 +54,17 @@ def _launch_cpu(
     return _run_cpu(x, weight1, bias1, weight2, bias2, mask, residual, stride[0], threshold)
 
 
+def _launch_triton(*args: Any) -> Tensor:
+    from gatedkernels.ops.ragged import gated  # importing the package imports no Triton
+
+    return gated.gated_block(*args)
+
+
 LAUNCHERS: dict[str, Callable[..., Tensor]] = {
     "reference": gated_block_reference,
     "dense": _launch_dense,
     "cpu": _launch_cpu,
+    "triton": _launch_triton,
 }
 
 
@@ -153,7 +161,7 @@ def gated_block(
         residual: Added before the last ReLU, shape (N, K, H', W'), or None.
         stride: Of the first convolution.
         group: Granularity of the mask.
-        backend: "reference", "dense", "cpu", or "auto": the policy's choice.
+        backend: "reference", "dense", "cpu", "triton", or "auto": the policy's choice.
 
     Returns:
         Shape (N, K, H', W') with H' = (H - 1) // stride + 1, channels-last if ``x`` is channels-last and nothing else,

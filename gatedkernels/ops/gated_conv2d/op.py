@@ -49,10 +49,17 @@ def _launch_cuda(*args: object) -> Tensor:
     return torch.ops.gatedkernels.gated_conv2d_cuda(*args)
 
 
+def _launch_triton(*args: Any) -> Tensor:
+    from gatedkernels.ops.ragged import gated  # importing the package imports no Triton
+
+    return gated.gated_conv2d(*args)
+
+
 LAUNCHERS: dict[str, Callable[..., Tensor]] = {
     "reference": gated_conv2d_reference,
     "dense": _launch_dense,
     "cpu": _launch_cpu,
+    "triton": _launch_triton,
     "cuda": _launch_cuda,
 }
 
@@ -135,6 +142,19 @@ def _backward_cpu(
     return dx if output_mask[0] else None, dweight if output_mask[1] else None, dbias
 
 
+def _backward_triton(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    from gatedkernels.ops.ragged import gated
+
+    return gated.gated_conv2d_backward(*args)
+
+
+# The backends with gradients of their own; the others take the reference's.
+BACKWARDS: dict[str, Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]] = {
+    "cpu": _backward_cpu,
+    "triton": _backward_triton,
+}
+
+
 def _backward_launch(
     dy: Tensor,
     x: Tensor,
@@ -153,8 +173,8 @@ def _backward_launch(
     if backend == "cpu" and threshold < 1:  # the policy's, for the forward
         kernel = "conv_in_backward" if out_mask is None else "conv_out_backward"
         threshold = policy.choose(kernel, x, weight, stride, padding, dilation, groups).threshold
-    sparse = backend == "cpu" and not _too_dense(in_mask, out_mask, threshold)
-    launcher = _backward_cpu if sparse else gated_conv2d_backward_reference
+    dense = _too_dense(in_mask, out_mask, threshold)
+    launcher = BACKWARDS.get("dense" if dense else backend, gated_conv2d_backward_reference)
     dx, dweight, dbias = launcher(
         dy, x, weight, in_mask, out_mask, stride, padding, dilation, groups, dense_input_grad, output_mask
     )
@@ -260,7 +280,8 @@ def gated_conv2d(
         group: Granularity of the masks: one decision for ``group`` neighbouring channels.
         dense_input_grad: The gradient of ``x`` is that of the unmasked convolution, for every channel: what a
             straight-through gate estimator needs, and autograd of ``x * gate`` supplies.
-        backend: "reference", "dense", "cpu", "cuda", or "auto": the policy's choice. An explicit one never falls back.
+        backend: "reference", "dense", "cpu", "triton", "cuda", or "auto": the policy's choice. An explicit one never
+            falls back.
 
     Returns:
         Shape (N, K, H', W') with H' = (H + 2 padding - dilation (R - 1) - 1) // stride + 1, channels-last if ``x`` is

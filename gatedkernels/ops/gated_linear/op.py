@@ -46,10 +46,20 @@ def _launch_cpu(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def _launch_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_mask: Tensor | None, out_mask: Tensor | None
+) -> Tensor:
+    from gatedkernels.ops.ragged import gated  # importing the package imports no Triton
+
+    rows, masks = _by_mask(x, in_mask, out_mask)
+    return gated.gated_linear(rows, weight, bias, *masks).view(*x.shape[:-1], weight.shape[0])
+
+
 LAUNCHERS: dict[str, Callable[..., Tensor]] = {
     "reference": gated_linear_reference,
     "dense": _launch_dense,
     "cpu": _launch_cpu,
+    "triton": _launch_triton,
 }
 
 
@@ -125,6 +135,30 @@ def _backward_cpu(
     return dx, dweight, dbias
 
 
+def _backward_triton(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    dense_input_grad: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    from gatedkernels.ops.ragged import gated
+
+    rows, (ins, outs) = _by_mask(x, in_mask, out_mask)
+    dy_rows, _ = _by_mask(dy, in_mask, out_mask)
+    dx, dweight, dbias = gated.gated_linear_backward(dy_rows, rows, weight, ins, outs, dense_input_grad, output_mask)
+    return None if dx is None else dx.view(x.shape), dweight, dbias
+
+
+# The backends with gradients of their own; the others take the reference's.
+BACKWARDS: dict[str, Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]] = {
+    "cpu": _backward_cpu,
+    "triton": _backward_triton,
+}
+
+
 def _backward_launch(
     dy: Tensor,
     x: Tensor,
@@ -138,8 +172,8 @@ def _backward_launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if threshold != ALWAYS:
         threshold = min(threshold, policy.LINEAR_BACKWARD)
-    sparse = backend == "cpu" and not _too_dense(in_mask, out_mask, threshold)
-    launcher = _backward_cpu if sparse else gated_linear_backward_reference
+    dense = _too_dense(in_mask, out_mask, threshold)
+    launcher = BACKWARDS.get("dense" if dense else backend, gated_linear_backward_reference)
     gradients = launcher(dy, x, weight, in_mask, out_mask, dense_input_grad, output_mask)
     dx, dweight, dbias = (x.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
     return dx, dweight, dbias
@@ -210,7 +244,8 @@ def gated_linear(
         group: Granularity of the masks: one decision for ``group`` neighbouring channels.
         dense_input_grad: The gradient of ``x`` is that of the unmasked layer, for every channel: what a
             straight-through gate estimator needs, and autograd of ``x * gate`` supplies.
-        backend: "reference", "dense", "cpu", or "auto": the policy's choice. An explicit one never falls back.
+        backend: "reference", "dense", "cpu", "triton", or "auto": the policy's choice. An explicit one never falls
+            back.
 
     Returns:
         Shape (N, …, K), contiguous.

@@ -3,13 +3,19 @@
 import torch
 from torch import Tensor
 
-from gatedkernels import _extension
+from gatedkernels import _extension, policy
 from gatedkernels.ops.plan.reference import plan_reference
 
 
 def _launch(mask: Tensor) -> tuple[Tensor, Tensor]:
     if mask.device.type == "cuda" and _extension.CUDA_ERROR is None:
         return torch.ops.gatedkernels.plan_cuda(mask)
+    if mask.device.type == "cuda" and policy.triton_problem(mask.new_empty(0, dtype=torch.float32)) is None:
+        from gatedkernels.ops.ragged import launch  # importing the package imports no Triton
+
+        indices, counts = launch.plan(mask)
+        assert indices is not None and counts is not None
+        return indices, counts
     return plan_reference(mask)
 
 

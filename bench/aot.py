@@ -1,0 +1,253 @@
+"""Compile every Triton kernel and shipped configuration for chips that are not there, and judge what came out.
+
+``python bench/aot.py`` needs Triton alone, whichever release: neither PyTorch nor a GPU nor an installation. It ends
+with 1 if a case spills registers, takes more shared memory than a block may have, or misses the matrix units.
+"""
+
+import argparse
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+import types
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+# The package imports PyTorch, its kernels do not: where it is not installed they are found through empty packages.
+if "gatedkernels" not in sys.modules:
+    for name in ("gatedkernels", "gatedkernels.ops"):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(ROOT.joinpath(*name.split(".")))]
+    sys.modules["gatedkernels.ops.plan"] = types.ModuleType("gatedkernels.ops.plan")
+    sys.modules["gatedkernels.ops.plan"].__path__ = [str(ROOT / "gatedkernels" / "ops" / "plan")]
+
+warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from gatedkernels.ops.plan import kernels as plan_kernels  # noqa: E402
+from gatedkernels.ops.ragged import gradient_kernels, kernels  # noqa: E402
+from gatedkernels.ops.ragged.configurations import GRADIENT_TILES, GradientTile, Tile, shipped  # noqa: E402
+
+# Shared memory that a block may have on the chip meant that has least, Ada.
+SHARED = 99 * 1024
+# The matrix instruction that a tile of 64 pixels or more is meant to use, and smaller ones.
+MATRIX = {80: ("HMMA", "HMMA"), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+PRECISIONS = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32"}
+HEAD = """| case | sm | registers | shared memory | spilled | matrix units | 16-byte copies | |
+|---|---|---|---|---|---|---|---|"""
+ATOM = 64  # pixels from which Hopper's warp groups multiply
+
+
+class Case(NamedTuple):
+    """A kernel with everything that is fixed when it is compiled.
+
+    Attributes:
+        name: What it is.
+        kernel: The function.
+        pointers: Types of its tensors.
+        constants: Values of what is constant; every other argument is an int32.
+        warps: As the launcher has it.
+        stages: Likewise.
+        rows: Pixels of its matrix product, if it is one.
+    """
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    rows: int = 0
+
+
+class Outcome(NamedTuple):
+    """What the compiler made of a case: bytes, and what is wrong with it, if anything."""
+
+    name: str
+    arch: int
+    registers: int
+    shared: int
+    spilled: int
+    matrix: str
+    wide_copies: int
+    problem: str
+
+
+def window(side: int, stride: int) -> dict[str, int]:
+    """A square window with the padding that keeps the size at stride 1."""
+    values = {"STRIDE": stride, "PADDING": side // 2, "DILATION": 1}
+    return {"R": side, "S": side, **{f"{name}_{axis}": value for name, value in values.items() for axis in "HW"}}
+
+
+def conv(kind: str, numbers: str, tile: Tile, side: int = 3, stride: int = 1) -> Case:
+    """The ragged convolution, as a launcher specialises it for aligned channels.
+
+    Args:
+        kind: "out" writes listed channels packed, "in" reads such, "dense" has no lists; "dx" is the input's gradient.
+        numbers: "bf16", "fp16" or "fp32".
+        tile: The configuration.
+        side: Of the window.
+        stride: Between windows.
+    """
+    gradient, out, listed_inputs = kind == "dx", kind == "out", kind in ("in", "dx")
+    tensors = {"x", "weight", "y"} | ({"bias"} if not gradient else set()) | ({"residual"} if kind == "in" else set())
+    lists = {"out_index", "out_count"} if out else {"in_index", "in_count"} if listed_inputs else set()
+    optional = {"bias", "residual", "gate", "in_index", "in_count", "out_index", "out_count"}
+    spread, between = (stride, 1) if gradient else (1, stride)
+    constants = {
+        **dict.fromkeys(optional - tensors - lists),
+        # Weights lie in rows of what is not listed: along the outputs where inputs are listed, else along the inputs.
+        "weight_stride_k" if listed_inputs else "weight_stride_c": 1,
+        **window(side, between),
+        "SPREAD_H": spread,
+        "SPREAD_W": spread,
+        "MIRRORED": gradient,
+        "RELU": not gradient,
+        "PACKED_IN": listed_inputs,
+        "PACKED_OUT": out,
+        "PRECISION": PRECISIONS[numbers],
+        "ROWS": tile.rows,
+        "CHANNELS": tile.channels,
+        "DEPTH": tile.depth,
+    }
+    if kind != "dense":
+        constants["shared"] = 1
+    pointers = {**dict.fromkeys(tensors, f"*{numbers}"), **dict.fromkeys(lists, "*i32")}
+    name = f"conv {kind} {side}x{side}/{stride} {numbers} {tile.rows}x{tile.channels}x{tile.depth}"
+    stages = tile.pipeline(listed_inputs)
+    return Case(name, kernels.ragged_conv_kernel, pointers, constants, tile.warps, stages, tile.rows)
+
+
+def weight_gradient(listed: str, numbers: str, tile: GradientTile) -> Case:
+    """The gradient of 3×3 weights where outputs ("out") or inputs ("in") are listed."""
+    mask, other = ("out_mask", "in_mask") if listed == "out" else ("in_mask", "out_mask")
+    pointers = {"x": f"*{numbers}", "dy": f"*{numbers}", mask: "*i1", "index": "*i32", "count": "*i32"}
+    constants = {
+        other: None,
+        **window(3, 1),
+        "BY_OUTPUTS": listed == "out",
+        "PRECISION": PRECISIONS[numbers],
+        "OUTPUTS": tile.outputs,
+        "INPUTS": tile.inputs,
+        "ROWS": tile.rows,
+    }
+    name = f"dweight {listed} {numbers} {tile.outputs}x{tile.inputs}x{tile.rows}"
+    kernel = gradient_kernels.weight_gradient_kernel
+    return Case(name, kernel, {**pointers, "partial": "*fp32"}, constants, tile.warps, tile.stages, tile.outputs)
+
+
+def cases() -> Iterator[Case]:
+    """Everything that is shipped."""
+    lists = {"index": "*i32", "count": "*i32"}
+    yield Case("plan", plan_kernels.plan_kernel, {"mask": "*i1", **lists}, {"CHUNK": plan_kernels.CHUNK}, 4, 3)
+    for numbers, size in SIZES.items():
+        pack = {"x": f"*{numbers}", "packed": f"*{numbers}", **lists}
+        yield Case(f"pack {numbers}", kernels.pack_kernel, pack, {"PIXELS": 64, "CHANNELS": 32}, 4, 3)
+        for kind, listed in (("out", True), ("in", False)):
+            tiles = shipped(size, listed)[
+                -1 if numbers == "fp16" else 0 :
+            ]  # float16 differs by an instruction's suffix
+            yield from (conv(kind, numbers, tile) for tile in tiles)
+            yield conv(kind, numbers, tiles[-1], side=1)
+        yield conv("out", numbers, shipped(size, True)[-1], stride=2)
+        yield conv("dx", numbers, tiles[-1], stride=2)
+        yield from (conv(kind, numbers, tiles[-1]) for kind in ("dense", "dx"))
+        yield from (weight_gradient(listed, numbers, GRADIENT_TILES[size]) for listed in ("out", "in"))
+
+
+def compile_case(case: Case, arch: int) -> Outcome:
+    """Compile a case for a chip; read registers, shared memory, spills and instructions off the machine code."""
+    names = case.kernel.arg_names
+    types_ = {n: "constexpr" if n in case.constants else case.pointers.get(n, "i32") for n in names}
+    # As a launcher finds it: aligned memory; strides and channels that are multiples of 16.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if types_[n].startswith("*") or (types_[n] == "i32" and ("stride" in n or "channels" in n))
+    }
+    source = ASTSource(case.kernel, types_, case.constants, aligned)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = disassemble("--dump-resource-usage", file.name)
+        code = disassemble("--dump-sass", file.name)
+    used = {what: int(number) for what, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    spilled, shared = used["STACK"] + used["LOCAL"], compiled.metadata.shared
+    matrix = re.search(r"UTCHMMA|HGMMA|HMMA", code)
+    found = matrix[0] if matrix else ""
+    wide = len(re.findall(r"LDGSTS\S*\.128|UTMALDG", code))
+    return Outcome(
+        case.name, arch, used["REG"], shared, spilled, found, wide, judge(case, arch, shared, spilled, found)
+    )
+
+
+def judge(case: Case, arch: int, shared: int, spilled: int, matrix: str) -> str:
+    """What is wrong with a compiled case, or nothing."""
+    meant = MATRIX[arch][case.rows < ATOM] if case.rows else ""
+    if spilled:
+        return f"spills {spilled} bytes"
+    if shared > SHARED:
+        return f"takes {shared} bytes of shared memory where {SHARED} are allowed"
+    if matrix != meant:
+        return f"multiplies by {matrix or 'no matrix unit'} where {meant or 'none'} is meant"
+    return ""
+
+
+def disassemble(option: str, path: str) -> str:
+    """What the ``cuobjdump`` that Triton brings along says."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(MATRIX), choices=list(MATRIX))
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name it matches")
+    parser.add_argument("--table", type=Path, help="also write the table to this file")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args(arguments)
+    chosen = [case for case in cases() if re.search(options.only, case.name)]
+    wanted = [(case.name, arch) for arch in options.arch for case in chosen]
+    lines, outcomes = [f"Triton {triton.__version__}\n", HEAD], []
+    print(*lines, sep="\n", flush=True)
+    for outcome in compile_all(wanted, options.jobs):
+        outcomes.append(outcome)
+        lines.append("| " + " | ".join(map(str, outcome)) + " |")
+        print(lines[-1], flush=True)
+    if options.table:
+        options.table.write_text("\n".join(lines) + "\n")
+    wrong = [outcome for outcome in outcomes if outcome.problem]
+    for outcome in wrong:
+        print(f"{outcome.name} for sm_{outcome.arch} {outcome.problem}", file=sys.stderr)
+    return 1 if wrong or not outcomes else 0
+
+
+def compile_all(wanted: list[tuple[str, int]], jobs: int) -> Iterator[Outcome]:
+    """Every outcome as it comes, in order."""
+    if jobs == 1:
+        yield from map(compile_named, wanted)
+        return
+    # Fresh processes: copies of this one may hold the compiler's locks.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_named, wanted)
+
+
+def compile_named(wanted: tuple[str, int]) -> Outcome:
+    """``compile_case`` for what travels between processes: the name of a case, and a chip."""
+    name, arch = wanted
+    return compile_case(next(case for case in cases() if case.name == name), arch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""The GPU benchmark in one script: ``python bench/gpu.py [--out FOLDER] [PART ...]``.
+
+It needs a checkout and a python with PyTorch, Triton and pytest: no network, no installation, no compiled library. What
+is measured is written after every case, so that a run that is cut short has lost nothing.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402 - needs the path
+
+from bench.gpu_cases import BLOCKS, NETWORKS, SMALL_BATCHES, GpuBlock  # noqa: E402
+from bench.gpu_time import measure  # noqa: E402
+from bench.gpu_trials import Way, backward_ways, block_ways, ceilings, network_ways  # noqa: E402
+from bench.results import Results  # noqa: E402
+from gatedkernels.reporting.machine import versions  # noqa: E402
+
+TESTS = ("tests/ops/test_triton_kernels.py", "tests/ops/test_triton_cuda.py")
+
+_AGREEMENT = 0.02  # between two results in bfloat16
+
+
+class Row(NamedTuple):
+    """A case served in one way, milliseconds.
+
+    Attributes:
+        part: Of the benchmark.
+        facts: The case's fields.
+        way: How it was served.
+        ms: Median, lower and upper quartile.
+        speedup: Of the fastest dense way over this one; None without a dense way.
+        note: An error, or what else the case has to say.
+    """
+
+    part: str
+    facts: dict[str, Any]
+    way: str
+    ms: list[float]
+    speedup: float | None = None
+    note: str = ""
+
+
+def rows_of(part: str, facts: dict[str, Any], ways: Iterator[Way]) -> list[Row]:
+    """Measure every way through a case. One that fails is a row that says why: the others are worth having."""
+    rows, dense, exact = [], [], None
+    try:
+        for way in ways:
+            try:
+                result = None if way.dense else way.calls[0]()
+                if isinstance(result, torch.Tensor):
+                    exact = result if exact is None else exact
+                    refuse(result, exact)
+                timing = measure(way.calls)
+            except Exception as error:
+                rows.append(Row(part, facts, way.name, [], note=f"{type(error).__name__}: {error}"[:300]))
+                continue
+            rows.append(Row(part, facts, way.name, [1000 * seconds for seconds in timing]))
+            dense += [rows[-1].ms[0]] if way.dense else []
+    except Exception as error:  # the inputs could not be made: no memory, say
+        rows.append(Row(part, facts, "inputs", [], note=f"{type(error).__name__}: {error}"[:300]))
+    if not dense:
+        return rows
+    return [row._replace(speedup=min(dense) / row.ms[0]) if row.ms else row for row in rows]
+
+
+def refuse(result: torch.Tensor, exact: torch.Tensor) -> None:
+    """Raise ``ValueError`` for a wrong result: the gated ways through a case compute the same."""
+    error = float((result.float() - exact.float()).norm() / exact.float().norm())
+    if not error <= _AGREEMENT:  # NaN fails too
+        raise ValueError(f"result must agree with the first gated way's to {_AGREEMENT}, got an error of {error:.3g}")
+
+
+def run_tests(out: Path, small: bool) -> Iterator[list[Row]]:
+    """The tests of the Triton kernels on the device; the log is ``tests.log``."""
+    if small:
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    (out / "tests.log").write_text(done.stdout + done.stderr)
+    yield [Row("tests", {}, "pytest", [], note=(done.stdout.strip().splitlines() or ["no output"])[-1])]
+
+
+def run_ceilings(out: Path, small: bool) -> Iterator[list[Row]]:
+    """What the chip can do."""
+    for name, amount, unit, call in ceilings(device(), small):
+        row = rows_of("ceilings", {"what": name}, iter([Way(name, False, [call] * 4)]))[0]
+        yield [row._replace(note=f"{1000 * amount / row.ms[0]:.4g} {unit}" if row.ms else row.note)]
+
+
+def _blocks(
+    part: str, cases: Sequence[GpuBlock], ways: Callable[..., Iterator[Way]], **options: bool
+) -> Callable[[Path, bool], Iterator[list[Row]]]:
+    def run(out: Path, small: bool) -> Iterator[list[Row]]:
+        for case in islice(cases, 1 if small else None):
+            chosen = case.small() if small else case
+            yield rows_of(part, chosen.facts(), ways(chosen, device(), **options))
+
+    return run
+
+
+_EVERY_SHAPE = tuple(case for case in BLOCKS if case.kept == 0.3 and case.masks == "independent")
+PARTS: dict[str, Callable[[Path, bool], Iterator[list[Row]]]] = {
+    "tests": run_tests,
+    "ceilings": run_ceilings,
+    "blocks": _blocks("blocks", BLOCKS, block_ways),
+    "small": _blocks("small", SMALL_BATCHES, block_ways),
+    "backward": _blocks("backward", _EVERY_SHAPE, backward_ways),
+    "networks": _blocks("networks", NETWORKS, network_ways),
+    # Minutes of compilation for a shape.
+    "compiled": _blocks("compiled", _EVERY_SHAPE, block_ways, compiled=True),
+    "compiled-networks": _blocks("compiled-networks", NETWORKS[-3:], network_ways, compiled=True),
+}
+
+
+def device() -> str:
+    """Where it runs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def about() -> dict[str, Any]:
+    """The machine, the versions, the commit."""
+    here = Results.here([])
+    machine = {"device": torch.cuda.get_device_name() if device() == "cuda" else "cpu", **here.machine}
+    if device() == "cuda":
+        found = torch.cuda.get_device_properties(0)
+        machine |= {"multiprocessors": found.multi_processor_count, "cache": found.L2_cache_size}
+    return {"machine": machine, "versions": versions("triton"), "commit": here.commit, "date": here.date}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = ["| part | case | way | ms | quartiles | against the best dense way | |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        case = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in row.facts.values())
+        median, quartiles = (f"{row.ms[0]:.4g}", f"{row.ms[1]:.4g} … {row.ms[2]:.4g}") if row.ms else ("", "")
+        speedup = "" if row.speedup is None else f"{row.speedup:.3f}"
+        lines.append(f"| {row.part} | {case} | {row.way} | {median} | {quartiles} | {speedup} | {row.note} |")
+    return "\n".join(lines)
+
+
+def save(out: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Write ``results.json`` and ``results.md``, each whole or not at all."""
+    texts = {
+        "results.json": json.dumps({**head, "rows": [row._asdict() for row in rows]}, indent=1) + "\n",
+        "results.md": table(rows) + "\n",
+    }
+    for name, text in texts.items():
+        (out / f"{name}.new").write_text(text)
+        os.replace(out / f"{name}.new", out / name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, or all (without the compiled)")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of results")
+    parser.add_argument("--small", action="store_true", help="the first case of each part, tiny: to see that it works")
+    options = parser.parse_args(arguments)
+    everything = [name for name in PARTS if not name.startswith("compiled")]
+    parts = everything if not options.parts or options.parts == ["all"] else options.parts
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        parser.error(f"PART must be one of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    if device() == "cpu" and not options.small:
+        parser.error("needs a CUDA device; --small tries the script without one")
+    torch.backends.cudnn.benchmark = True
+    options.out.mkdir(parents=True, exist_ok=True)
+    head, rows = about(), []
+    with torch.no_grad():
+        for part in parts:
+            for found in PARTS[part](options.out, options.small):
+                rows += found
+                save(options.out, head, rows)
+                print(table(found).split("\n", 2)[2], flush=True)
+    print(f"written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

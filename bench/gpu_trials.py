@@ -1,0 +1,169 @@
+"""What the GPU benchmark runs: for each case the dense ways and the gated ones, on rotating inputs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, conv2d
+
+from bench.gpu_cases import SHARED, GpuBlock, GpuNetwork, draw_masks
+from bench.gpu_time import Call, sets_for
+from gatedkernels.models import gated_resnet18
+from gatedkernels.nn import GatedBasicBlock
+from gatedkernels.nn.fold import fold_norm
+from gatedkernels.ops import gated_block
+from gatedkernels.ops._select import select
+
+
+class Way(NamedTuple):
+    """One way to serve a case: the same work on different inputs, and whether it is a dense one."""
+
+    name: str
+    dense: bool
+    calls: Sequence[Call]
+
+
+class Folded(NamedTuple):
+    """A basic block's folded weights, in the layouts that the Triton kernels read without a copy."""
+
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+    stride: int = 1
+
+    @classmethod
+    def of(cls, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, stride: int = 1) -> "Folded":
+        """Lay rows of weights along what is not gated."""
+        rows2 = weight2.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+        return cls(weight1.contiguous(memory_format=torch.channels_last), bias1, rows2, bias2, stride)
+
+    def dense(self, x: Tensor, residual: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The block as cuDNN computes it; with a mask, selected between the convolutions."""
+        hidden = conv2d(x, self.weight1, self.bias1, self.stride, 1).relu_()
+        hidden = hidden if mask is None else select(hidden, mask[:, :, None, None])
+        return conv2d(hidden, self.weight2, self.bias2, 1, 1).add_(residual).relu_()
+
+    def gated(self, x: Tensor, residual: Tensor, mask: Tensor) -> Tensor:
+        """The block from our kernels."""
+        tensors = (self.weight1, self.bias1, self.weight2, self.bias2, mask)
+        return gated_block(x, *tensors, residual=residual, stride=self.stride, backend="triton")
+
+
+def block_ways(case: GpuBlock, device: str, compiled: bool = False) -> Iterator[Way]:
+    """Dense, masked and gated ways through a block; the best dense one is the baseline."""
+    from gatedkernels.ops.ragged.gated import gated_block as shared_block
+
+    x, masks, block = _block_inputs(case, device)
+    channels_last = block.weight2.contiguous(memory_format=torch.channels_last)
+    native = block._replace(weight2=channels_last)
+    yield Way("cudnn", True, [lambda x=x: native.dense(x, x) for x in x])
+    if compiled:
+        fast = torch.compile(lambda x: native.dense(x, x), mode="max-autotune-no-cudagraphs")
+        yield Way("compiled", True, [lambda x=x: fast(x) for x in x])
+    yield Way("masked", False, [lambda x=x, m=m: native.dense(x, x, m) for x, m in zip(x, masks, strict=True)])
+    yield Way("triton", False, [lambda x=x, m=m: block.gated(x, x, m) for x, m in zip(x, masks, strict=True)])
+    for shared in SHARED[1:]:
+        calls = [
+            lambda x=x, m=m, shared=shared: shared_block(x, *block[:4], m, x, (1, 1), shared)
+            for x, m in zip(x, masks, strict=True)
+        ]
+        yield Way(f"triton, {shared} samples a list", False, calls)
+
+
+def backward_ways(case: GpuBlock, device: str) -> Iterator[Way]:
+    """Gradients of both convolutions of a block for given masks, from the gradients of their outputs."""
+    x, masks, block = _block_inputs(case, device)
+    ones, every = (1, 1), (True, True, True)
+    op = torch.ops.gatedkernels.gated_conv2d_backward.default
+
+    def both(backend: str, x: Tensor, mask: Tensor) -> None:
+        op(x, x, block.weight2, mask, None, ones, ones, ones, 1, False, every, backend, 2.0)
+        op(x, x, block.weight1, None, mask, ones, ones, ones, 1, False, every, backend, 2.0)
+
+    for backend in ("reference", "triton"):
+        calls = [lambda x=x, m=m, b=backend: both(b, x, m) for x, m in zip(x, masks, strict=True)]
+        yield Way(backend, backend == "reference", calls)
+
+
+def network_ways(case: GpuNetwork, device: str, compiled: bool = False) -> Iterator[Way]:
+    """A folded ResNet-18 with given masks against the dense one."""
+    dtype = getattr(torch, case.dtype)
+    network = Network(case, device, dtype)
+    images = [_randn(case.batch, 3, case.size, case.size, device=device, dtype=dtype) for _ in range(2)]
+    yield Way("cudnn", True, [lambda x=x: network(x) for x in images])
+    if compiled:
+        fast = torch.compile(network, mode="max-autotune-no-cudagraphs")
+        yield Way("compiled", True, [lambda x=x: fast(x) for x in images])
+    draws = [network.draw(case, torch.Generator().manual_seed(seed), device) for seed in range(len(images))]
+    for name in ("masked", "triton"):
+        calls = [lambda x=x, m=m, name=name: network(x, m, name) for x, m in zip(images, draws, strict=True)]
+        yield Way(name, False, calls)
+
+
+class Network:
+    """ResNet-18 with its normalisations folded; with masks, its blocks run on our kernels."""
+
+    def __init__(self, case: GpuNetwork, device: str, dtype: torch.dtype) -> None:
+        model = gated_resnet18(num_classes=None, stem=case.stem, width=case.width).eval()
+        self.pool = model.maxpool
+        self.stem = _folded(model.conv1, model.bn1, device, dtype)
+        self.stem_stride, self.stem_padding = model.conv1.stride, model.conv1.padding
+        self.blocks, self.shortcuts = [], []
+        for block in (m for m in model.modules() if isinstance(m, GatedBasicBlock)):
+            first, second = (
+                _folded(conv, norm, device, dtype)
+                for conv, norm in zip(block.convs(), block.norms("gated"), strict=True)
+            )
+            self.blocks.append(Folded.of(*first, *second, block.conv1.stride[0]))
+            down = block.downsample
+            self.shortcuts.append(None if down is None else _folded(down[0], down[1], device, dtype))
+
+    def __call__(self, x: Tensor, masks: Sequence[Tensor | None] | None = None, way: str = "masked") -> Tensor:
+        """Features (N, C); without masks the dense network's."""
+        masks = masks or [None] * len(self.blocks)
+        x = self.pool(conv2d(x, *self.stem, self.stem_stride, self.stem_padding).relu_())
+        for block, shortcut, mask in zip(self.blocks, self.shortcuts, masks, strict=True):
+            residual = x if shortcut is None else conv2d(x, *shortcut, block.stride)
+            x = block.gated(x, residual, mask) if way == "triton" else block.dense(x, residual, mask)
+        return adaptive_avg_pool2d(x, 1).flatten(1)
+
+    def draw(self, case: GpuNetwork, generator: torch.Generator, device: str) -> list[Tensor]:
+        """A mask for each block."""
+        widths = (block.weight1.shape[0] for block in self.blocks)
+        return [draw_masks("independent", case.batch, width, case.kept, generator, device) for width in widths]
+
+
+def ceilings(device: str, small: bool = False) -> Iterator[tuple[str, float, str, Callable[[], object]]]:
+    """What the chip can do: a name, the amount of one call, its unit a second, and the call."""
+    megabytes, side = (1, 64) if small else (4096, 8192)
+    for name, size in (("copy, memory", megabytes << 20), ("copy, second-level cache", min(megabytes, 12) << 20)):
+        source, target = (torch.empty(size // 2, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
+        yield name, 2e-12 * size, "TB/s", lambda s=source, t=target: t.copy_(s)
+    a, b = (_randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    yield "bf16 product", 2e-12 * side**3, "TFLOP/s", lambda: a @ b
+
+
+def _block_inputs(case: GpuBlock, device: str) -> tuple[list[Tensor], list[Tensor], Folded]:
+    dtype, c = getattr(torch, case.dtype), case.channels
+    shape = (case.batch, c, case.size, case.size)
+    sets = sets_for(2 * case.batch * c * case.size**2) if device == "cuda" else 2
+    generator = torch.Generator().manual_seed(0)
+    x = [_randn(*shape, device=device, dtype=dtype) for _ in range(sets)]
+    masks = [draw_masks(case.masks, case.batch, c, case.kept, generator, device) for _ in range(sets)]
+    scale = (9 * c) ** -0.5
+    weights = [scale * _randn(c, c, 3, 3, device=device, dtype=dtype) for _ in range(2)]
+    biases = [_randn(c, device=device, dtype=dtype) for _ in range(2)]
+    return x, masks, Folded.of(weights[0], biases[0], weights[1], biases[1])
+
+
+def _folded(conv: torch.nn.Conv2d, norm: torch.nn.Module, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight, bias = fold_norm(conv.weight, conv.bias, norm)
+    weight = weight.detach().to(device, dtype).contiguous(memory_format=torch.channels_last)
+    return weight, bias.detach().to(device, dtype)
+
+
+def _randn(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
+    x = torch.randn(shape, device=device).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

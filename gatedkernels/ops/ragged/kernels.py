@@ -1,0 +1,196 @@
+"""The ragged convolution and what packs its input, in Triton. This file knows neither PyTorch nor the package.
+
+A *list* says which channels count for a group of neighbouring samples: ``index`` (lists, channels), the channels that
+count first, and ``count`` (lists,). Without an index the list is 0, 1, 2, …: a width; without a count it is whole.
+Either side of a convolution has one. What is gathered is rows of weights, never activations; launches depend on shapes
+alone, and programs for which a list is too short end at once.
+"""
+
+import triton
+import triton.language as tl
+
+# A packed tensor holds zeros from count to the next multiple of this, so that loads may be as wide as that.
+STEP = tl.constexpr(16)
+
+
+@triton.jit
+def rounded(count):
+    """So many channels of a packed tensor may be read."""
+    return (count + STEP - 1) // STEP * STEP
+
+
+@triton.jit
+def place(tile, row_tiles, channel_tiles, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The group of samples, the rows and the positions in the list of outputs that a program computes.
+
+    Tiles of one group are neighbours, those of the same rows first: they share what they read.
+    """
+    group = tile // (row_tiles * channel_tiles)
+    rest = tile % (row_tiles * channel_tiles)
+    row = rest // channel_tiles * ROWS + tl.arange(0, ROWS)
+    first = rest % channel_tiles * CHANNELS
+    return group, row, first
+
+
+@triton.jit
+def ragged_conv_kernel(
+    x,  # (samples, height, width, channels), channels dense
+    weight,  # any strides
+    bias,  # (out_channels,) or None
+    residual,  # strides of y, or None
+    gate,  # bool (samples, out_channels): outputs that are zero although their list has them, or None
+    y,  # (samples, out_height, out_width, channels), channels dense
+    in_index,
+    in_count,
+    out_index,
+    out_count,
+    samples,
+    shared,  # neighbouring samples that share a list
+    height,
+    width,
+    in_channels,
+    out_height,
+    out_width,
+    out_channels,
+    x_stride_n,
+    x_stride_h,
+    x_stride_w,
+    weight_stride_k,
+    weight_stride_c,
+    weight_stride_r,
+    weight_stride_s,
+    y_stride_n,
+    y_stride_h,
+    y_stride_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,  # may be negative in a gradient
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    SPREAD_H: tl.constexpr,  # x is taken with so many pixels between its own, zeros: the gradient of a stride
+    SPREAD_W: tl.constexpr,
+    MIRRORED: tl.constexpr,  # taps in reverse order: the gradient of a window
+    RELU: tl.constexpr,
+    PACKED_IN: tl.constexpr,  # x is packed, with zeros behind its count up to a multiple of STEP
+    PACKED_OUT: tl.constexpr,  # write listed channels side by side; else each at its place, and zeros for the others
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """One program a tile of pixels by listed output channels; it reduces over taps and listed input channels."""
+    pixels = out_height * out_width
+    row_tiles = tl.cdiv(shared * pixels, ROWS)
+    channel_tiles = tl.cdiv(out_channels, CHANNELS)
+    group, row, first = place(tl.program_id(0), row_tiles, channel_tiles, ROWS, CHANNELS)
+    outs = out_channels
+    if out_count is not None:
+        outs = tl.load(out_count + group)
+    if PACKED_OUT:  # noqa: SIM102 - decided when it is compiled, what follows when it runs
+        if first >= outs:
+            return
+    position = first + tl.arange(0, CHANNELS)
+    listed = position < outs
+    channel = position
+    if out_index is not None:
+        channel = tl.load(out_index + group.to(tl.int64) * out_channels + position, position < out_channels, other=0)
+    sample = group * shared + row // pixels
+    row_open = (row < shared * pixels) & (sample < samples)
+    p = row % pixels // out_width
+    q = row % pixels % out_width
+
+    ins = in_channels
+    if in_count is not None:
+        ins = tl.load(in_count + group)
+    readable = ins
+    if PACKED_IN:
+        readable = rounded(ins)
+    # Taps run fastest: one slice of the input's channels serves them all before the next one is fetched.
+    steps = R * S * tl.cdiv(ins, DEPTH)
+    if not PACKED_OUT:
+        steps = tl.where(first < outs, steps, 0)
+    x_rows = x + sample.to(tl.int64) * x_stride_n
+    weight_columns = weight + channel.to(tl.int64) * weight_stride_k
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for step in range(steps):
+        tap = step % (R * S)
+        k = step // (R * S) * DEPTH + tl.arange(0, DEPTH)
+        r = tap // S
+        s = tap % S
+        h = p * STRIDE_H - PADDING_H + r * DILATION_H
+        w = q * STRIDE_W - PADDING_W + s * DILATION_W
+        inside = row_open & (h >= 0) & (w >= 0)
+        if SPREAD_H > 1:
+            inside &= h % SPREAD_H == 0
+            h //= SPREAD_H
+        if SPREAD_W > 1:
+            inside &= w % SPREAD_W == 0
+            w //= SPREAD_W
+        inside &= (h < height) & (w < width)
+        at = x_rows + (h * x_stride_h + w * x_stride_w)
+        a = tl.load(at[:, None] + k[None, :], inside[:, None] & (k < readable)[None, :], other=0.0)
+        row_of_weights = k
+        if in_index is not None:
+            row_of_weights = tl.load(in_index + group.to(tl.int64) * in_channels + k, k < ins, other=0)
+        if MIRRORED:
+            r = R - 1 - r
+            s = S - 1 - s
+        at_weight = weight_columns[None, :] + (row_of_weights * weight_stride_c)[:, None]
+        at_weight += r * weight_stride_r + s * weight_stride_s
+        b = tl.load(at_weight, (k < ins)[:, None] & listed[None, :], other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+
+    if bias is not None:
+        total += tl.load(bias + channel, listed, other=0.0).to(tl.float32)[None, :]
+    written = position if PACKED_OUT else channel
+    until = rounded(outs) if PACKED_OUT else out_channels
+    at_y = sample.to(tl.int64) * y_stride_n + p * y_stride_h + q * y_stride_w
+    at_y = at_y[:, None] + written[None, :]
+    stored = row_open[:, None] & (position < until)[None, :]
+    if residual is not None:
+        total += tl.load(residual + at_y, stored, other=0.0).to(tl.float32)
+    if RELU:
+        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    total = tl.where(listed[None, :], total, 0.0)  # a selection: weights of zero let a NaN or infinity of x pass
+    if gate is not None:
+        at_gate = gate + sample.to(tl.int64)[:, None] * out_channels + channel[None, :]
+        total = tl.where(tl.load(at_gate, row_open[:, None] & listed[None, :], other=0) != 0, total, 0.0)
+    tl.store(y + at_y, total.to(y.dtype.element_ty), stored)
+
+
+@triton.jit
+def pack_kernel(
+    x,  # (samples, channels, height, width), any strides
+    packed,  # (samples, height * width, packed_stride_pixel), channels dense
+    index,
+    count,
+    pixels,
+    width,
+    channels,
+    x_stride_n,
+    x_stride_c,
+    x_stride_h,
+    x_stride_w,
+    packed_stride_n,
+    packed_stride_pixel,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """One program some pixels by some positions of one sample: bring its listed channels side by side."""
+    sample = tl.program_id(0)
+    listed = tl.load(count + sample)
+    first = tl.program_id(2) * CHANNELS
+    if first >= listed:
+        return
+    position = first + tl.arange(0, CHANNELS)
+    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.load(index + sample.to(tl.int64) * channels + position, position < listed, other=0)
+    at = x + sample.to(tl.int64) * x_stride_n + channel.to(tl.int64)[None, :] * x_stride_c
+    at += (pixel // width * x_stride_h + pixel % width * x_stride_w)[:, None]
+    inside = (pixel < pixels)[:, None]
+    values = tl.load(at, inside & (position < listed)[None, :], other=0.0)
+    at = packed + sample.to(tl.int64) * packed_stride_n + pixel[:, None] * packed_stride_pixel + position[None, :]
+    tl.store(at, values, inside & (position < rounded(listed))[None, :])

@@ -1,0 +1,94 @@
+"""The GPU benchmark where there is no GPU: its cases, its runner, its files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, gpu_cases
+from bench.gpu_time import measure
+from bench.gpu_trials import Way
+
+CASE = gpu_cases.GpuBlock(16, 3, 2, 0.5, "independent", "float32")
+
+
+def test_cases_differ_and_cover_every_shape():
+    for cases in (gpu_cases.BLOCKS, gpu_cases.SMALL_BATCHES, gpu_cases.NETWORKS):
+        assert len({str(case) for case in cases}) == len(cases)
+    assert {(case.channels, case.size) for case in gpu_cases.BLOCKS} == set(gpu_cases.SHAPES)
+    assert gpu_cases.BLOCKS[0].multiply_adds == 2 * 9 * 64 * 64 * 32 * 32 * 256
+
+
+@pytest.mark.parametrize("masks", gpu_cases.MASKS)
+@pytest.mark.parametrize("kept", gpu_cases.KEPT)
+def test_masks_keep_what_they_should(masks: str, kept: float):
+    draw = [gpu_cases.draw_masks(masks, 32, 256, kept, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*draw)
+    decisions = 256 // (64 if masks == "group64" else 1)
+    assert (draw[0].sum(1) == max(1, round(kept * decisions)) * 256 // decisions).all()
+    if masks == "codebook8":
+        assert len(draw[0].unique(dim=0)) <= 8
+        assert len(draw[0].unique_consecutive(dim=0)) <= 8
+    if masks == "group64":
+        assert torch.equal(draw[0], draw[0][:, ::64].repeat_interleave(64, 1))
+
+
+def test_speedups_are_over_the_fastest_dense_way(monkeypatch: pytest.MonkeyPatch):
+    seconds = {"slow": 4.0, "fast": 2.0, "ours": 1.0}
+    monkeypatch.setattr(gpu, "measure", lambda calls: [seconds[calls[0].__name__]] * 3)
+
+    def way(name: str, dense: bool) -> Way:
+        call = lambda: None  # noqa: E731 - it gets a name below
+        call.__name__ = name
+        return Way(name, dense, [call])
+
+    rows = gpu.rows_of("blocks", {}, iter([way("slow", True), way("fast", True), way("ours", False)]))
+    assert {row.way: row.speedup for row in rows} == {"slow": 0.5, "fast": 1.0, "ours": 2.0}
+
+
+def test_a_wrong_result_and_a_failure_are_rows_without_times():
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    right, wrong = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])
+    ways = [Way("dense", True, [lambda: None]), Way("right", False, [lambda: right]),
+            Way("wrong", False, [lambda: wrong]), Way("fails", False, [fail])]  # fmt: skip
+    rows = {row.way: row for row in gpu.rows_of("blocks", {"a": 1}, iter(ways))}
+    assert rows["dense"].ms and rows["right"].ms and rows["right"].speedup
+    assert "must agree" in rows["wrong"].note and rows["wrong"].speedup is None
+    assert rows["fails"].note == "RuntimeError: out of memory" and not rows["fails"].ms
+
+
+def test_a_case_that_cannot_be_made_is_a_row():
+    def ways():
+        raise RuntimeError("no room")
+        yield
+
+    assert gpu.rows_of("blocks", {}, ways())[0].note == "RuntimeError: no room"
+
+
+def test_parts_write_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert gpu.main(["ceilings", "small", "networks", "--small", "--out", str(tmp_path / "new")]) == 0
+    content = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert {"machine", "versions", "commit", "date", "rows"} == set(content)
+    rows = [gpu.Row(**row) for row in content["rows"]]
+    assert {row.part for row in rows} == {"ceilings", "small", "networks"}
+    assert all(row.ms for row in rows if not row.way.startswith("triton"))
+    assert (tmp_path / "new" / "results.md").read_text() == gpu.table(rows) + "\n"
+    assert "written to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(["nonsense"], "PART must be one of"), ([], "needs a CUDA device")])
+def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu, "device", lambda: "cpu")
+    with pytest.raises(SystemExit):
+        gpu.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_clock_counts_every_call(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    called = []
+    assert measure([lambda: called.append(1)] * 4).median >= 0
+    assert len(called) == 4
