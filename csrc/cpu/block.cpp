@@ -102,6 +102,7 @@ class Block {
     const int64_t group = sliced ? 16 : threads();
     const bool whole = hidden_ * filter_bytes > 4 * int64_t{conv1_.C} * conv1_.size.H * conv1_.size.W;
     const double row1 = 18.0 * conv1_.C * conv1_.size.OW, row2 = 18.0 * kBlock * conv2_.size.OW;
+    const int64_t together = kernels_for(conv1_.C).channels_together(conv1_.size.OW);
     double operations = 0;
     for (int64_t n = 0; n < N_; ++n) {
       operations += plan_.count[n] * conv2_.size.H * (row1 + row2 * static_cast<double>(blocks));
@@ -123,7 +124,7 @@ class Block {
           if (tiled1_[n]) continue;
           const int32_t *list = plan_.list(n), *last = list + plan_.count[n];
           queue.add_rows(n, Stage::out_rows, std::lower_bound(list, last, c) - list,
-                         std::lower_bound(list, last, c + slice) - list, 3, row1, whole);
+                         std::lower_bound(list, last, c + slice) - list, together, row1, whole);
         }
       }
       for (int64_t n = begin; n < end; ++n) {

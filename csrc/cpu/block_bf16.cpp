@@ -33,7 +33,7 @@ struct Planes {
 };
 
 // What there is to do, cut into items; as in block.cpp, but that pairs of active channels stay together.
-Queue cut(const OutConvOf<Bf16>& conv1, const InConvOf<Bf16>& conv2, const Plan& plan) {
+Queue cut(const OutConvOf<Bf16>& conv1, const InConvOf<Bf16>& conv2, const Plan& plan, int64_t together) {
   const int64_t N = plan.samples, hidden = conv2.C, blocks = ceil_div(conv2.K, kBlock);
   // Weights that exceed the cache are walked in slices, and a group of samples passes by each of them.
   const int64_t filter_bytes = 9 * conv1.C * static_cast<int64_t>(sizeof(Bf16));
@@ -55,7 +55,7 @@ Queue cut(const OutConvOf<Bf16>& conv1, const InConvOf<Bf16>& conv2, const Plan&
         auto position = [&](int64_t channel) {
           return channel < hidden ? (std::lower_bound(list, last, channel) - list) / 2 * 2 : plan.count[n];
         };
-        queue.add_rows(n, Stage::out_rows, position(c), position(c + slice), 4, row1, whole);
+        queue.add_rows(n, Stage::out_rows, position(c), position(c + slice), together, row1, whole);
       }
     }
     for (int64_t block = 0; block < blocks; block += sliced ? 1 : blocks) {
@@ -89,7 +89,7 @@ Tensor run_block(const Bf16Kernels& run, const Tensor& given_x, const Tensor& we
   conv2.gathered = false, conv2.relu = true;
   // Threads take turns in the queue: what comes after the own item is that of another thread.
   if (N == 1) conv1.turns = conv2.turns = static_cast<int>(threads());
-  const Queue queue = cut(conv1, conv2, plan);
+  const Queue queue = cut(conv1, conv2, plan, run.channels_together(size1.OW));
   auto left = std::make_unique<std::atomic<int32_t>[]>(N);
   for (int64_t n = 0; n < N; ++n) left[n].store(queue.pending[n], std::memory_order_relaxed);
 

@@ -16,7 +16,8 @@
 
 namespace gatedkernels {
 
-const Bf16Kernels kAvx512Bf16Kernels = {OutRows<BFloat16>::run, InRows<BFloat16>::run, BFloat16::add_pixels};
+const Bf16Kernels kAvx512Bf16Kernels = {OutRows<BFloat16>::run, OutRows<BFloat16>::channels_together,
+                                         InRows<BFloat16>::run, BFloat16::add_pixels};
 
 }  // namespace gatedkernels
 

@@ -18,6 +18,7 @@ template <int L>
 constexpr Kernels kernels_of(const char* name) {
   return {name,
           OutRows<Float32<L>>::run,
+          OutRows<Float32<L>>::channels_together,
           InRows<Float32<L>>::run,
           Tiles<L>::from_image,
           Tiles<L>::from_planes,

@@ -141,6 +141,7 @@ struct Kernels {
   // at the first listed channel's plane.
   void (*out_rows)(const OutConv&, const float* x, const int32_t* channels, int count, int listed, int row, int end,
                    float* planes);
+  int (*channels_together)(int width);  // of listed channels, in rows of so many pixels
   // Output rows [row, end) of the blocks [block, last) of output channels; null channels stand for 0, 1, …, count - 1.
   void (*in_rows)(const InConv&, const float* x, const int32_t* channels, int count, int block, int last, int row,
                   int end, const float* residual, float* y);

@@ -15,6 +15,7 @@ struct Bf16Kernels {
   // As in Kernels; planes points at the plane of the first listed channel, which is the first of its pair.
   void (*out_rows)(const OutConvOf<Bf16>&, const Bf16* x, const int32_t* channels, int count, int listed, int row,
                    int end, Bf16* planes);
+  int (*channels_together)(int width);  // as in Kernels
   // As in Kernels; x holds planes, channel_step is from pair to pair.
   void (*in_rows)(const InConvOf<Bf16>&, const Bf16* x, const int32_t* channels, int count, int block, int last,
                   int row, int end, const Bf16* residual, Bf16* y);

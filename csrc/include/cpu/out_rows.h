@@ -15,6 +15,7 @@ struct OutRows {
   using Conv = OutConvOf<Element>;
   static constexpr int L = Numbers::kLanes;
   static constexpr int kMostPixels = L == 16 ? 12 : 6;
+  static constexpr int kNarrow = L == 16 ? 4 : 2;  // images this narrow fill a tile with two rows
   static constexpr int64_t kColumnBytes = 20 << 10;
 
   // Output channels in a tile of this many pixels.
@@ -186,9 +187,13 @@ struct OutRows {
     }
   }
 
+  // How many channels of rows this wide are computed at a time.
+  static int channels_together(int width) {
+    return width <= kNarrow ? channels_for(2 * width) : channels_for(best_cut<1, kMostPixels>(width).widest());
+  }
+
   static void run(const Conv& conv, const Element* x, const int32_t* channels, int count, int listed, int row, int end,
                   Element* planes) {
-    constexpr int kNarrow = L == 16 ? 4 : 2;  // images this narrow fill a tile with two rows
     int paired = row;
     if (conv.size.OW <= kNarrow) {
       paired = row + (end - row) / 2 * 2;
