@@ -69,7 +69,7 @@ class PackedGate(Packed):
         weight2, bias2 = gate.conv2.weight.flatten(1), gate.conv2.bias
         self._keep(
             weight1=as_computed(weight1.flatten(1)),
-            bias1=as_computed(bias1),
+            bias1=as_computed(weight1.new_zeros(len(weight1)) if bias1 is None else bias1),
             weight2=as_computed(weight2),
             bias2=as_computed(weight2.new_zeros(len(weight2)) if bias2 is None else bias2),
         )
