@@ -26,7 +26,7 @@ from gatedkernels.nn.packed_stem import PackedPool, PackedStem
 def _fold_outside(model: nn.Module) -> None:
     """Fold what the model names in ``foldable``, the convolution before its blocks and what follows it.
 
-    The global poolings that it names in ``poolings`` are replaced.
+    The global average poolings that it names in ``poolings`` are replaced.
     """
     for names in getattr(model, "foldable", ()):
         conv, norm, activation, pool = (getattr(model, name) for name in names)
@@ -43,7 +43,8 @@ def _fold_outside(model: nn.Module) -> None:
             if is_folded:
                 setattr(model, name, nn.Identity())
     for name in getattr(model, "poolings", ()):
-        setattr(model, name, PackedPool())
+        if PackedPool.serves(getattr(model, name)):
+            setattr(model, name, PackedPool())
 
 
 PACKERS: dict[type[nn.Module], Callable[[Any, Branch], Packed]] = {

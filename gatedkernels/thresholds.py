@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -69,9 +68,10 @@ def find(table: Table, kind_: str, channels: int, pixels: int) -> float | None:
 
 def load(threads: int) -> Table:
     """The thresholds measured on this machine with so many threads; of a damaged file none, with a warning."""
-    file = path()
     try:
-        content = _read(file)
+        content = _read(path())
+    except RuntimeError:  # nobody's home: there is no such file
+        return {}
     except ValueError as error:
         warnings.warn(f"{error}; it is ignored, the shipped thresholds serve", RuntimeWarning, stacklevel=2)
         return {}
@@ -85,7 +85,10 @@ def check_writable() -> Path:
         OSError: If it cannot; the message names the folder and the variable that chooses another one.
         ValueError: If a newer gatedkernels wrote the file.
     """
-    file = path()
+    try:
+        file = path()
+    except RuntimeError as error:
+        raise OSError(f"thresholds have no folder ({error}); set {FOLDER_VARIABLE}") from error
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):
@@ -164,6 +167,8 @@ def _parse(thresholds: Mapping[str, Any]) -> Table:
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Nobody else writes meanwhile: a lock that ends with its process."""
+    import fcntl  # not everywhere; reading needs none
+
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

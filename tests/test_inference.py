@@ -227,3 +227,19 @@ def test_bad_masks(mask: torch.Tensor, error: type[Exception]):
     fast = gk.optimize(resnet(), x)
     with torch.no_grad(), pytest.raises(error, match="mask"):
         fast(x, masks={"layer1.0": mask})
+
+
+def test_other_poolings_stay():
+    model = gk.models.gated_resnet18(width=0.125, num_classes=4).eval()
+    model.avgpool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(1)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(gk.optimize(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_gates_and_shortcuts_can_be_listened_to():
+    fast = gk.optimize(gk.models.gated_resnet18(width=0.125, num_classes=4).eval(), X := torch.randn(2, 3, 32, 32))
+    expected, calls = fast(X), []
+    for module in (fast.layer2[0].gate, fast.layer3[0].downsample):
+        module.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(fast(X), expected)
+    assert len(calls) == 2

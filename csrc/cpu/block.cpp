@@ -262,6 +262,10 @@ Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& 
   STD_TORCH_CHECK(!tiles2 || (tiles2->is_contiguous() && tiles2->numel() == ceil_div(out, kBlock) * 4 * hidden * kTileRow),
                   "tiles2 is packed as (K / 32, 4, M, 4 * 32)");
   STD_TORCH_CHECK(mask.size(0) == x.size(0) && mask.size(1) == hidden, "mask has shape (N, M)");
+  const Geometry size = geometry(x, 3, stride);
+  STD_TORCH_CHECK(!residual || (residual->size(0) == x.size(0) && residual->size(1) == out &&
+                                residual->size(2) == size.OH && residual->size(3) == size.OW),
+                  "the residual has the shape of the result");
   if (x.scalar_type() == ScalarType::BFloat16) {
     const MaybeTensor skip = shortcut_weight ? MaybeTensor(packed_conv2d(x, *shortcut_weight, *shortcut_bias,
                                                                          std::nullopt, std::nullopt, std::nullopt, out,
@@ -277,7 +281,6 @@ Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& 
                       shortcut_weight->size(0) == ceil_div(out, kBlock) && shortcut_weight->size(1) == C &&
                       shortcut_weight->size(2) == 1 && shortcut_bias->is_contiguous() && shortcut_bias->size(0) == out,
                   "the shortcut's weight is packed as (K / 32, C, 1, 1, 32)");
-  const Geometry size = geometry(x, 1, stride);
   Tensor skip = empty({x.size(0), out, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
   const Shortcut shortcut{floats(*shortcut_weight), floats(*shortcut_bias), skip.mutable_data_ptr<float>()};
   return run_block(x, weights1, weights2, hidden, out, Plan(mask), std::nullopt, stride, std::nullopt, &shortcut);

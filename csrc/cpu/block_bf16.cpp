@@ -14,12 +14,12 @@ constexpr int64_t kCacheBytes = 1 << 19;  // weights that stay in a core's secon
 constexpr double kSpeedUp = 2;  // over float32, whose operations the queue counts in
 
 // The planes of a sample's active channels, two in each, and where every sample's begin.
-struct Planes {
+struct PairPlanes {
   int64_t pitch;
   std::vector<int64_t> offset;
   Tensor memory;
 
-  Planes(const Plan& plan, int64_t pixels)
+  PairPlanes(const Plan& plan, int64_t pixels)
       // Planes a power of two apart would fall into the same cache sets: keep them a cache line off.
       : pitch(2 * (ceil_div(pixels, 16) * 16 + 16)), offset(plan.samples + 1, 0), memory(allocate(plan)) {}
 
@@ -80,7 +80,7 @@ Tensor run_block(const Bf16Kernels& run, const Tensor& given_x, const Tensor& we
   Tensor y = empty({N, K, size1.OH, size1.OW}, ScalarType::BFloat16, MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y;
 
-  Planes planes(plan, pixels);
+  PairPlanes planes(plan, pixels);
   OutConvOf<Bf16> conv1{size1, static_cast<int>(C), bf16s(weight1), bf16s(bias1), planes.pitch, true};
   InConvOf<Bf16> conv2;
   conv2.size = size2, conv2.C = static_cast<int>(plan.channels), conv2.K = static_cast<int>(K);

@@ -88,6 +88,8 @@ Geometry geometry(const Tensor& x, int64_t taps, int64_t stride) {
   return g;
 }
 
+namespace {
+
 constexpr int64_t kTogether = 16;  // channels that are packed at a time
 
 std::vector<uint8_t> used_channels(const Plan& plan) {
@@ -98,6 +100,8 @@ std::vector<uint8_t> used_channels(const Plan& plan) {
   }
   return used;
 }
+
+}  // namespace
 
 Tensor weight_rows(const Tensor& weight, const Plan& plan) {
   const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), T = weight.size(3);
@@ -122,6 +126,8 @@ Tensor weight_rows(const Tensor& weight, const Plan& plan) {
   return packed;
 }
 
+namespace {
+
 // Channels [first, last) of the kBlock filters from k on, whose rows in memory run along the channels or the taps, to
 // rows of kBlock: transposed in registers.
 void transpose_filters(const Tensor& weight, int64_t k, int64_t first, int64_t last, float* to) {
@@ -144,6 +150,8 @@ void transpose_filters(const Tensor& weight, int64_t k, int64_t first, int64_t l
     }
   }
 }
+
+}  // namespace
 
 Tensor weight_blocks(const Tensor& weight, const Plan* plan, int64_t most) {
   const int64_t K = std::min(weight.size(0), most), C = weight.size(1), S = weight.size(2), T = weight.size(3);

@@ -22,7 +22,7 @@ def fix_gates(model: nn.Module, density: float | Mapping[str, float], seed: int 
     Masks are a function of seed, gate name, N, C and the number of the call, so that a network and its optimised copy
     get the same. Gates still run, and cost what they cost. Draws are made at a gate's first call with a shape and then
     taken in turn, sixteen of them, so that later calls pay nothing and no cache learns one mask by heart. A compiled
-    or captured model keeps the mask that it was captured with.
+    or captured model keeps the mask that it was captured with, and a copy made meanwhile keeps its masks for good.
 
     Args:
         model: A module whose gates have ``is_gate = True`` and return a `Gate` or a bool mask.
@@ -57,7 +57,7 @@ def fix_gates(model: nn.Module, density: float | Mapping[str, float], seed: int 
 
 
 class _FixedMasks:
-    """A forward hook that answers for one gate."""
+    """Answers for one gate: a forward hook, or what a packed gate asks."""
 
     def __init__(self, key: str, density: float, seed: int) -> None:
         self.key, self.density, self.seed = key, density, seed

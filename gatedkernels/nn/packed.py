@@ -133,7 +133,7 @@ class PackedConv2d(Packed):
         """Convolve; ``in_mask`` and ``out_mask``, bool, shape (N, channels), close channels."""
         shape = self.shape
         check_images(x, shape.in_channels, self.weight)
-        if self.is_packed and (x.dtype == torch.float32 or (_is_native(x) and in_mask is out_mask is None)):
+        if self.is_packed and (x.dtype == torch.float32 or (_is_native(x) and in_mask is None and out_mask is None)):
             if self.extra_padding:
                 x = pad(x, (self.extra_padding,) * 4)
             stride, channels = shape.stride[0], shape.out_channels
@@ -247,7 +247,7 @@ class PackedResidual(Packed):
 
 
 class PackedBasicBlock(PackedResidual):
-    """A `GatedBasicBlock` as two operations: the gate, and everything else."""
+    """A `GatedBasicBlock` as one operation, or two where its mask is given or somebody listens to its gate."""
 
     weight1: Tensor
     bias1: Tensor
@@ -307,16 +307,16 @@ class PackedBasicBlock(PackedResidual):
         return (y, _as_gate(mask)) if return_gate else y
 
     def _is_one(self, x: Tensor) -> bool:
-        """Whether one operator does it all: nobody listens to the gate, which then is no call of its own."""
+        """Whether one operator does it all: nobody listens to the gate or the shortcut, which then are no calls."""
         gate, downsample = self._modules["gate"], self.downsample
         return (
             gate is not None
-            and not gate._forward_hooks
-            and not gate._forward_pre_hooks
+            and not _is_heard(gate)
             and self.group == 1
             and _is_native(x)
             and self.shapes[0].stride in ((1, 1), (2, 2))
             and (downsample is None or (downsample.is_packed and downsample.extra_padding == 0))
+            and (downsample is None or not _is_heard(downsample))
         )
 
     def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,6 +375,11 @@ def _is_native(x: Tensor) -> bool:
 def as_computed(weight: Tensor) -> Tensor:
     """Weights of small layers in the dtype that they are computed in."""
     return weight.float() if weight.dtype == torch.bfloat16 else weight
+
+
+def _is_heard(module: nn.Module) -> bool:
+    own = module._forward_hooks or module._forward_pre_hooks
+    return bool(own or nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
 def check_images(x: Tensor, channels: int, weight: Tensor, is_computed: bool = False) -> None:

@@ -15,6 +15,15 @@ _MOST_CHANNELS = 8  # beyond, the taps of one row of the window are long enough 
 class PackedPool(Packed):
     """The mean of an image's pixels."""
 
+    @staticmethod
+    def serves(module: nn.Module) -> bool:
+        """Whether a module is one of these: an average over the whole image, and a flattening."""
+        if not isinstance(module, nn.Sequential) or len(module) != 2:
+            return False
+        pool, flatten = module
+        is_global = isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size in (1, (1, 1))
+        return is_global and isinstance(flatten, nn.Flatten) and (flatten.start_dim, flatten.end_dim) == (1, -1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Pool images (N, C, H, W) to (N, C)."""
         is_native = x.dtype in (torch.float32, torch.bfloat16)

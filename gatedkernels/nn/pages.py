@@ -25,7 +25,8 @@ def on_large_pages(tensor: Tensor) -> Tensor:
     is_worth_it = size >= _PAGE // 4 and tensor.is_contiguous() and tensor.device.type == "cpu"
     if not is_worth_it or not hasattr(mmap, "MADV_HUGEPAGE"):
         return tensor.clone()
-    pages = mmap.mmap(-1, size + _PAGE)  # unmapped when the tensor that lies in it goes
+    # Private, so that a forked process writes to a copy; unmapped when the tensor that lies in it goes.
+    pages = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         pages.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them

@@ -149,8 +149,11 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
         return norm.train(self.training)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        """Make room for the statistics of all widths that a state dict brings."""
+        """Keep statistics of the widths that a state dict brings, and of no others: they belong to other weights."""
         for name in _STATISTICS:
+            for own in [own for own in self._buffers if own.startswith(f"{name}_") and prefix + own not in state_dict]:
+                if f"{prefix}weight" in state_dict:
+                    del self._buffers[own]
             for key in state_dict:
                 own = key.removeprefix(prefix)
                 if key.startswith(f"{prefix}{name}_") and own not in self._buffers:

@@ -172,13 +172,14 @@ def calibrate_norms(
 
 def _average(net: nn.Module, norms: Sequence[SlimmableBatchNorm2d], batches: Iterable[Any]) -> None:
     """Average the statistics of some batches at the present width."""
-    for norm in norms:
-        norm.start_statistics()
     empty = True
     for batch in batches:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         if not isinstance(images, Tensor):
             raise TypeError(f"batches must yield tensors or begin with one, got {type(images).__name__}")
+        if empty:  # until there is a batch, earlier statistics stay
+            for norm in norms:
+                norm.start_statistics()
         net(images)
         empty = False
     if empty:

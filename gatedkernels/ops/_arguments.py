@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -170,6 +171,14 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def recorded(*tensors: Tensor | None) -> bool:
     """Whether autograd must know what is computed from these."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise ``NotImplementedError`` if forward-mode differentiation follows a tensor: nothing here would say so."""
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError("gated operations have no forward-mode derivatives; use reverse mode")
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -55,4 +55,5 @@ class KnownCalls:
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None
         facts = [None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-        return *facts, tensors[0].stride(), options, torch.get_num_threads(), policy.version()  # type: ignore[union-attr]
+        kinds = tuple(map(type, options))  # 1 == 1.0, of which one is refused
+        return *facts, tensors[0].stride(), options, kinds, torch.get_num_threads(), policy.version()  # type: ignore[union-attr]

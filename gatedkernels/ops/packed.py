@@ -2,7 +2,7 @@
 
 Layouts of filters (K, C, S, S): rows, (K, S, S, C), which is the channels-last layout of the same filters; blocks,
 (ceil(K / 32), C, S, S, 32), zeros where K ends; and for a network's first layer (ceil(K / 32), S, S * C, 32). The CPU
-library computes gates and blocks from them in float32 and bfloat16, single convolutions in float32; elsewhere the
+library computes gates, blocks and single convolutions from them in float32 and bfloat16; elsewhere the
 definitions below serve, from the same tensors.
 
 3 x 3 filters may come a second time, transformed for Winograd's minimal filtering F(2 x 2, 3 x 3) (Lavin and Gray,

@@ -1,6 +1,7 @@
 import copy
 import io
 import mmap
+import os
 
 import pytest
 import torch
@@ -38,6 +39,17 @@ def test_large_tensors_begin_with_a_page_and_save_what_they_hold():
     twin = copy.deepcopy(placed)
     twin.zero_()
     assert torch.equal(placed, tensor)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+def test_a_forked_process_has_its_own():
+    placed = on_large_pages(torch.ones(1000, 1000))
+    child = os.fork()
+    if child == 0:
+        placed.numpy()[:] = 2
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (placed == 1).all()
 
 
 def test_without_large_pages(monkeypatch: pytest.MonkeyPatch):

@@ -237,7 +237,7 @@ MASK = torch.ones(2, 4, dtype=torch.bool)
         ({"x": X[..., :2]}, ValueError, r"x must be at least as large as the window \(3, 3\), got \(2, 4, 5, 2\)"),
         ({"x": X[..., :0]}, ValueError, "x must be at least as large as the window"),
         ({"backend": "fast"}, ValueError, "backend must be one of auto, reference, .*cuda, got 'fast'"),
-        ({"backend": "triton"}, ValueError, "backend must be one of auto, .* for this operation, got 'triton'"),
+        ({"backend": "triton"}, ValueError, "backend 'triton' needs tensors on a CUDA device, got x on cpu"),
     ],
 )  # fmt: skip
 def test_errors(change: dict[str, Any], error: type[Exception], message: str):
@@ -250,3 +250,23 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str):
 def test_the_cuda_backend_says_why_it_is_absent():
     with pytest.raises(ValueError, match="backend 'cuda' is not available: "):
         gk.gated_conv2d(X, WEIGHT, BIAS, backend="cuda")
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense", "reference"])
+def test_forward_mode_is_refused(backend: str):
+    x, weight = torch.randn(2, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    mask = torch.rand(2, 8) < 0.5
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.randn_like(x))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            gk.gated_conv2d(dual, weight, out_mask=mask, padding=1, backend=backend)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            gk.gated_block(dual, weight, None, weight, None, mask, backend=backend)
+        gk.gated_conv2d(x, weight, out_mask=mask, padding=1, backend=backend)
+
+
+def test_a_known_call_lets_no_other_kind_pass():
+    x, weight = torch.randn(2, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    gk.gated_conv2d(x, weight, padding=1)
+    with pytest.raises(TypeError, match="padding"):
+        gk.gated_conv2d(x, weight, padding=1.0)

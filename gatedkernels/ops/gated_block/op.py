@@ -13,8 +13,8 @@ from gatedkernels.ops._arguments import in_best_layout
 from gatedkernels.ops._backends import ALWAYS, Backend, require
 from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._select import select_
+from gatedkernels.ops.gated_block import training as _training  # noqa: F401  (registers its operators)
 from gatedkernels.ops.gated_block.reference import gated_block_reference
-from gatedkernels.ops.gated_block.training import wants_gradients
 
 _run_cpu = torch.ops.gatedkernels.gated_block_cpu.default
 _KNOWN = KnownCalls(_run_cpu)
@@ -171,6 +171,7 @@ def gated_block(
         ValueError: If shapes or devices disagree, or the backend cannot serve this call.
         TypeError: If dtypes disagree, or the mask is not bool.
     """
+    arguments.refuse_tangents(x, weight1, bias1, weight2, bias2, residual)
     given = x, weight1, bias1, weight2, bias2, mask, residual
     options = stride, group, backend
     y = _KNOWN.run(given, options)
@@ -198,14 +199,14 @@ def gated_block(
     else:
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
-    if served == "cpu" and wants_gradients(x, weight1, bias1, weight2, bias2, residual):
+    if served == "cpu" and arguments.recorded(x, weight1, bias1, weight2, bias2, residual):
         if backend == "auto":
             threshold = policy.choose("gated_block_training", x, weight1, strides, (1, 1), (1, 1), 1).threshold
         y, _ = torch.ops.gatedkernels.gated_block_kept.default(
             x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold
         )
         return y
-    if served == "cpu" and not arguments.recorded(x, weight1, bias1, weight2, bias2, residual):
+    if served == "cpu":
         y = _launch_cpu(x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold)
         if group == 1:
             _KNOWN.note(given, options, strides[0], threshold)

@@ -181,8 +181,3 @@ def _backward_twice(ctx, *_):  # type: ignore[no-untyped-def]
 
 torch.library.register_autograd("gatedkernels::gated_block_kept", _backward, setup_context=_save)
 torch.library.register_autograd("gatedkernels::gated_block_backward", _backward_twice)
-
-
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow a call with these tensors."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

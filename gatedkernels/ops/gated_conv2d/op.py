@@ -170,7 +170,7 @@ def _backward_launch(
     backend: str,
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "cpu" and threshold < 1:  # the policy's, for the forward
+    if backend == "cpu" and threshold != ALWAYS:  # the policy's, for the forward
         kernel = "conv_in_backward" if out_mask is None else "conv_out_backward"
         threshold = policy.choose(kernel, x, weight, stride, padding, dilation, groups).threshold
     dense = _too_dense(in_mask, out_mask, threshold)
@@ -291,6 +291,7 @@ def gated_conv2d(
         ValueError: If shapes or devices disagree, or the backend cannot serve this call.
         TypeError: If dtypes disagree, or a mask is not bool.
     """
+    arguments.refuse_tangents(x, weight, bias)
     given = x, weight, bias, in_mask, out_mask
     options = stride, padding, dilation, groups, group, backend
     y = _KNOWN.run(given, options)
