@@ -55,7 +55,7 @@ def test_nothing_is_read_beyond_the_inputs(cap: str, tmp_path: Path):
     assert last == "whole"
     assert (
         len({case.split()[0] for case in cases}) == 14
-    )  # every operator of the CPU library that has a kernel of its own
+    )  # every operator of the library that has kernels
 
 
 def test_the_guard_would_notice(tmp_path: Path):
