@@ -153,12 +153,13 @@ def prepack(twin: nn.Module) -> nn.Module:
     """Copy a dense twin, its convolutions computed by oneDNN with packed filters and fused activations.
 
     Raises:
-        RuntimeError: If this PyTorch has no oneDNN, or the twin does not lie on the CPU in float32.
+        RuntimeError: If this PyTorch has no oneDNN, or the twin does not lie on the CPU in float32 or bfloat16.
     """
     if not torch.backends.mkldnn.is_available():
         raise RuntimeError("prepacked convolutions need oneDNN, which this PyTorch was built without")
-    if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in twin.buffers()):
-        raise RuntimeError("prepacked convolutions need float32 on the CPU")
+    dtypes = (torch.float32, torch.bfloat16)
+    if any(tensor.device.type != "cpu" or tensor.dtype not in dtypes for tensor in twin.buffers()):
+        raise RuntimeError("prepacked convolutions need float32 or bfloat16 on the CPU")
     twin = copy.deepcopy(twin).to(memory_format=torch.channels_last)
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):

@@ -66,10 +66,10 @@ def test_errors():
         build_twin(nn.Linear(2, 2))
 
 
-def test_prepacking_needs_float32_on_the_cpu(build):
+def test_prepacking_needs_float32_or_bfloat16_on_the_cpu(build):
     module, _ = build("basic")
-    with pytest.raises(RuntimeError, match="prepacked convolutions need float32 on the CPU"):
-        prepack(build_twin(module).to(torch.bfloat16))
+    with pytest.raises(RuntimeError, match="prepacked convolutions need float32 or bfloat16 on the CPU"):
+        prepack(build_twin(module).to(torch.float16))
 
 
 def test_folded_convolution_adds_and_clips():
