@@ -127,13 +127,19 @@ def evaluate(
     augmented: Annotated[
         bool, typer.Option("--augmented", help="Linear probe on new crops in each epoch, as published; slow.")
     ] = False,
+    width: Annotated[
+        list[float] | None, typer.Option(min=0.05, max=1.0, help="Widths of a slimmable network, one or several.")
+    ] = None,
     data_dir: DataDir = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
     device: OnDevice = "auto",
 ) -> None:
-    """Measure both branches of a run, beside an untrained network and the pixels; everything if nothing is chosen."""
+    """Measure a run beside an untrained network and the pixels; everything if nothing is chosen.
+
+    A gated network is measured in both branches, a slimmable one at each width, with multiply-adds and milliseconds.
+    """
     from gatedkernels.demo import accuracy_table
-    from gatedkernels.training.run import evaluate_run
+    from gatedkernels.training.run import evaluate_run, is_slimmable_run
 
     everything = not (knn or linear or augmented)
     measures: list[Measure] = []
@@ -141,6 +147,19 @@ def evaluate(
         measures += ["knn1", "knn1_folds"]
     if linear or everything:
         measures += ["linear", "linear_5_labels"]
+    slimmable = is_slimmable_run(run)
+    if width and not slimmable:
+        raise typer.BadParameter("--width is for runs of slimmable networks")
+    if slimmable:
+        from gatedkernels.reporting import command
+
+        if augmented:
+            raise typer.BadParameter("--augmented is for runs of gated networks")
+        widths = sorted(set(width or (0.25, 0.5, 0.75, 1.0)))
+        command.evaluate_widths(
+            run, measures=measures, widths=widths, data_dir=data_dir, batch_size=batch_size, device=device
+        )
+        return
     results = evaluate_run(
         run,
         measures=measures,

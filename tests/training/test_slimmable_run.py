@@ -1,5 +1,6 @@
 """Every recipe of slimmable networks trains on digits, stops and continues to the same bits, and is evaluated."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,21 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from gatedkernels.nn import width
+from gatedkernels.reporting.command import evaluate_widths
 from gatedkernels.training import loop
+from gatedkernels.training.augment import plain_view
 from gatedkernels.training.config import SlimmableConfig
+from gatedkernels.training.errors import RunError
 from gatedkernels.training.metrics_log import read_metrics
 from gatedkernels.training.recipes import RECIPES, make_config
-from gatedkernels.training.run import train_run
+from gatedkernels.training.run import (
+    evaluate_slimmable_run,
+    load_run,
+    load_run_data,
+    load_slimmable_run,
+    train_run,
+)
 from gatedkernels.training.run_folder import RunFolder
 
 SLIMMABLE = [name for name, (kind, _) in RECIPES.items() if kind is SlimmableConfig]
@@ -67,3 +78,62 @@ def test_dynamic_sampling_and_warmup_are_options(tmp_path: Path):
 def test_one_width_alone(tmp_path: Path):
     train_run(small("byol", fixed_width=0.5), tmp_path / "run", progress=False)
     assert {row["width"] for row in rows(tmp_path / "run")} == {"0.5"}
+
+
+def test_evaluation_at_every_width(tmp_path: Path):
+    path = tmp_path / "run"
+    train_run(small("us3l", epochs=4), path, progress=False)
+    evaluate_widths(path, measures=["knn1", "linear"], widths=[0.5, 1.0])
+    results = json.loads((path / "evaluation.json").read_text())
+    assert [row["width"] for row in results["widths"]] == [0.5, 1.0]
+    narrow, full = results["widths"]
+    assert narrow["macs"] < full["macs"] and narrow["params"] < full["params"]
+    for row in results["widths"]:
+        assert row["ms"].keys() == {"1", "16"}
+        assert row["accuracy"].keys() == row["random_init"].keys() == {"knn1", "linear"}
+    assert (path / "widths.png").stat().st_size > 1000
+
+    config, backbone = load_slimmable_run(path)
+    trained, data = RunFolder(path).read_weights(), load_run_data(config)
+    assert all(torch.equal(value, backbone.state_dict()[name]) for name, value in trained.items())
+    again, calibrated = evaluate_slimmable_run(path, measures=["knn1"], widths=[0.5])
+    assert again["widths"][0]["accuracy"]["knn1"] == narrow["accuracy"]["knn1"]
+    view = plain_view(16, data.mean, data.std)
+    images = torch.stack([view(data.train[index]) for index in range(64)])
+    with torch.no_grad(), width(calibrated, 0.5):
+        first = calibrated.conv1(images)
+        torch.testing.assert_close(calibrated.bn1.statistics()[0], first.mean((0, 2, 3)))
+
+
+def test_a_run_of_one_width_is_evaluated_there(tmp_path: Path):
+    train_run(small("simclr", fixed_width=0.5, epochs=1), tmp_path / "run", progress=False)
+    results, _ = evaluate_slimmable_run(tmp_path / "run", measures=["knn1"])
+    assert [row["width"] for row in results["widths"]] == [0.5]
+
+
+def test_each_kind_of_run_has_its_evaluation(tmp_path: Path):
+    train_run(small("simclr", epochs=1), tmp_path / "run", progress=False)
+    with pytest.raises(RunError, match=r"run must be one of a gated network, .* holds one of simclr"):
+        load_run(tmp_path / "run")
+    RunFolder(tmp_path / "run").write_config(make_config("vicreg-dual"))
+    with pytest.raises(RunError, match=r"run must be one of a slimmable network, .* holds one of vicreg-dual"):
+        load_slimmable_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base": "mse"}, "base must be 'relative' or 'absolute' or 'keys' or 'queue', got 'mse'"),
+        ({"passes": 1}, "passes must be at least 2, got 1"),
+        ({"least": 0.0}, "least must be above 0 and at most 1, got 0.0"),
+        ({"fixed_width": 1.5}, "fixed_width must be above 0 and at most 1, got 1.5"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"ema": 1.0}, "ema must be at least 0 and below 1, got 1.0"),
+        ({"group_strength": 0.5}, r"group_strength must be in \[0, 1/7\), got 0.5"),
+        ({"budget": 0.3}, "option must be one of recipe, data, .*, got 'budget'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_are_checked(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        make_config("us3l", **options)
