@@ -13,7 +13,7 @@ Measure = Literal["knn1", "knn1_folds", "linear", "linear_5_labels"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 Device = Literal["auto", "cpu", "cuda"]
 Stem = Literal["cifar", "imagenet"]
-BaseLoss = Literal["relative", "absolute", "keys", "queue"]
+BaseLoss = Literal["relative", "absolute", "keys", "queue", "similarities"]
 Distillation = Literal["relative", "absolute", "keys", "none"]
 SlimmableName = Literal["resnet18", "resnet34", "resnet50"]
 
@@ -94,8 +94,9 @@ class RunConfig:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError(f"a configuration must be a JSON object, got {type(values).__name__}")
-        if values.get("data_dir") is not None:
-            values["data_dir"] = Path(values["data_dir"])
+        for name in ("data_dir", "teacher_run"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
         cls.check_names(values)
         return cls(**values)
 
@@ -144,7 +145,7 @@ class TrainConfig(RunConfig):
 class SlimmableConfig(RunConfig):
     """A training run of a slimmable network, or of one at a fixed width; the defaults are US3L for CIFAR.
 
-    The cases of US3L's ablation, and the methods it is compared with, are settings of the first five fields.
+    The cases of US3L's ablation, and the methods it is compared with, are settings of the first few fields.
     """
 
     recipe: str = "us3l"
@@ -152,12 +153,14 @@ class SlimmableConfig(RunConfig):
     base: Annotated[
         BaseLoss,
         "Loss of the widest network: relative (NT-Xent), absolute (cosine, with a predictor), keys (InfoNCE against "
-        "the other view's targets, with a predictor) or queue (InfoNCE against earlier targets).",
+        "the other view's targets, with a predictor), queue (InfoNCE against earlier targets) or similarities (those "
+        "of a frozen teacher to its earlier embeddings).",
     ] = "relative"
     distill: Annotated[Distillation, "Loss of the others against it; none: each has the base loss by itself."] = (
         "absolute"
     )
     auxiliary_head: Annotated[bool, "Whether the others have a head of their own before that loss."] = True
+    predictor: Annotated[bool, "Whether the absolute and keys losses have their predictor."] = True
     base_momentum: Annotated[bool, "Whether the base loss's targets come from the momentum encoder."] = True
     distill_momentum: Annotated[bool, "Whether those of the others do; else from the widest of the iteration."] = True
     passes: Annotated[int, "Widths in an iteration."] = 3
@@ -172,6 +175,10 @@ class SlimmableConfig(RunConfig):
     group_warmup_epochs: Annotated[int, "Epochs in which all channels decay alike."] = 0
     temperature: Annotated[float, "Of the relative losses."] = 0.5
     ema: Annotated[float, "Share of the momentum encoder that is kept in a step."] = 0.99
+    teacher_run: Annotated[
+        Path | None, "Folder of a run whose network is the frozen teacher; none: the momentum encoder."
+    ] = None
+    teacher_temperature: Annotated[float, "Of a frozen teacher's similarities."] = 1e-4
     queue: Annotated[int, "Earlier targets to keep, where a loss has a queue."] = 2048
     network: Annotated[SlimmableName, "Which slimmable network."] = "resnet18"
     hidden: Annotated[int, "Width of the heads' hidden layers."] = 2048
@@ -186,7 +193,7 @@ class SlimmableConfig(RunConfig):
     def __post_init__(self) -> None:
         """Check every value; see `RunConfig`."""
         super().__post_init__()
-        self._require_positive("temperature", "queue", "hidden")
+        self._require_positive("temperature", "teacher_temperature", "queue", "hidden")
         self._require_not_negative("group_warmup_epochs")
         fewest = 2 if self.sandwich else 1
         _require("passes", self.passes, self.passes >= fewest, f"be at least {fewest}")

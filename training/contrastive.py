@@ -85,12 +85,49 @@ def queue_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float =
     """
     _check_pair("queries", queries, "keys", keys)
     _check_temperature(temperature)
-    if queue.ndim != 2 or queue.shape[1] != queries.shape[1]:
-        raise ValueError(f"queue must have shape (K, {queries.shape[1]}), got {tuple(queue.shape)}")
+    _check_queue(queue, queries)
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys = F.normalize(queries.float(), dim=1), F.normalize(keys.float(), dim=1)
         logits = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ queue.float().T], dim=1) / temperature
         return F.cross_entropy(logits, torch.zeros(len(queries), dtype=torch.long, device=queries.device))
+
+
+def similarity_distillation(
+    students: Tensor, teachers: Tensor, queue: Tensor, temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Compare how similar students and teachers find the same candidates, in float32 whatever the inputs.
+
+    The candidates are the teacher's own embedding of the sample and earlier ones. The loss is the cross-entropy of the
+    students' distribution over them under the teachers'.
+
+    Args:
+        students: Embeddings that learn, shape (N, D), any floating type.
+        teachers: The teacher's embeddings of the same views, same shape.
+        queue: The teacher's normalised embeddings of earlier samples, shape (K, D).
+        temperature: Of the students' similarities.
+        teacher_temperature: Of the teachers'; near 0 only the sample itself counts.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If shapes do not fit or a temperature is not positive.
+
+    Source:
+        Fang et al., "SEED: Self-supervised Distillation for Visual Representation", ICLR 2021, eq. 5.
+    """
+    _check_pair("students", students, "teachers", teachers)
+    _check_temperature(temperature)
+    _check_temperature(teacher_temperature)
+    _check_queue(queue, students)
+    with torch.autocast(students.device.type, enabled=False):
+        students, teachers = F.normalize(students.float(), dim=1), F.normalize(teachers.float(), dim=1)
+
+        def similarities(embeddings: Tensor) -> Tensor:
+            return torch.cat([(embeddings * teachers).sum(1, keepdim=True), embeddings @ queue.float().T], dim=1)
+
+        targets = (similarities(teachers) / teacher_temperature).softmax(1)
+        return F.cross_entropy(similarities(students) / temperature, targets)
 
 
 def deviation(embeddings: Tensor) -> Tensor:
@@ -135,6 +172,11 @@ def _check_pair(name: str, first: Tensor, other_name: str, other: Tensor) -> Non
     if first.ndim != 2 or first.shape != other.shape:
         shapes = f"{tuple(first.shape)} and {tuple(other.shape)}"
         raise ValueError(f"{name} and {other_name} must have one shape (N, D), got {shapes}")
+
+
+def _check_queue(queue: Tensor, queries: Tensor) -> None:
+    if queue.ndim != 2 or queue.shape[1] != queries.shape[1]:
+        raise ValueError(f"queue must have shape (K, {queries.shape[1]}), got {tuple(queue.shape)}")
 
 
 def _check_temperature(temperature: float) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from gatedkernels.models import GatedResNet, SlimmableResNet, create_model, gated_resnet18
-from gatedkernels.nn import ConvCost, gated_flops
+from gatedkernels.nn import ConvCost, gated_flops, set_width
 from gatedkernels.training.config import RunConfig, SlimmableConfig, TrainConfig
+from gatedkernels.training.errors import RunError, TrainingError
 from gatedkernels.training.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ _BYOL = {**_SIMSIAM, "base_momentum": True}
 _MOCO_V2 = {"base": "queue", "ema": 0.999, "temperature": 0.2, "lr": 0.3, "batch_size": 256}
 # Published for ViTs with AdamW; with this SGD it takes BYOL's rate and decay.
 _MOCO_V3 = {"base": "keys", "temperature": 0.2, "lr": 0.05, "weight_decay": 5e-4}
+_SEED = {**_SIMSIAM, "base": "similarities", "base_momentum": True, "queue": 32768, "weight_decay": 1e-4, "epochs": 200}
 
 RECIPES: dict[str, tuple[type[RunConfig], Mapping[str, Any]]] = {
     # As the paper has it for CIFAR-10: 500 epochs of full-width ResNet-18 in batches of 256.
@@ -63,6 +65,9 @@ RECIPES: dict[str, tuple[type[RunConfig], Mapping[str, Any]]] = {
     "byol": (SlimmableConfig, {**_ALONE, **_BYOL}),
     "moco-v2": (SlimmableConfig, {**_ALONE, **_MOCO_V2}),
     "moco-v3": (SlimmableConfig, {**_ALONE, **_MOCO_V3}),
+    # One network of one width, drawn to a frozen teacher: teacher_run.
+    "seed": (SlimmableConfig, {**_ALONE, **_SEED}),
+    "seed-mse": (SlimmableConfig, {**_ALONE, **_BYOL}),
     # Universally slimmable, with narrow networks drawn to the widest of the iteration.
     "us-simclr": (SlimmableConfig, {**_PLAIN, **_SIMCLR, "distill": "relative"}),
     "us-simsiam": (SlimmableConfig, {**_PLAIN, **_SIMSIAM, "distill": "absolute"}),
@@ -144,16 +149,51 @@ def backbone_costs(backbone: nn.Module, config: RunConfig) -> list[ConvCost]:
 
 
 def build_method(config: RunConfig) -> "VICRegDual | US3L":
-    """Build the method of a run, backbone and heads drawn from its seed."""
+    """Build the method of a run, backbone and heads drawn from its seed.
+
+    Raises:
+        RunError: If the frozen teacher's run cannot be read, or is none of a slimmable network.
+        TrainingError: If a frozen teacher is missing or its embeddings are of another width.
+        ValueError: If no network has the widths that are asked for.
+    """
     from gatedkernels.training.methods import US3L, VICRegDual
 
     if isinstance(config, SlimmableConfig):
-        slimmable = build_slimmable(config)
+        slimmable, teacher = build_slimmable(config), _frozen_teacher(config)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derived_seed("heads", config.seed))
-            return US3L(slimmable, config)
+            return US3L(slimmable, config, teacher)
     assert isinstance(config, TrainConfig)
     backbone = build_backbone(config)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed("expander", config.seed))
         return VICRegDual(backbone, backbone_costs(backbone, config), config)
+
+
+def _frozen_teacher(config: SlimmableConfig) -> tuple[nn.Module, nn.Module] | None:
+    """Load backbone and head of the run that is to teach."""
+    from gatedkernels.training.heads import SlimmableProjector
+    from gatedkernels.training.run_folder import RunFolder
+
+    path = config.teacher_run
+    if path is None:
+        if config.recipe.startswith("seed") or config.base == "similarities":
+            raise TrainingError(f"teacher_run must be the folder of a run, whose network {config.recipe} learns from")
+        return None
+    folder = RunFolder(path)
+    taught = folder.read_config()
+    if not isinstance(taught, SlimmableConfig):
+        raise RunError(f"teacher_run must be a run of a slimmable network, got {taught.recipe} in {path}")
+    if taught.embedding != config.embedding:
+        raise TrainingError(f"embedding must be {taught.embedding} as the teacher's, got {config.embedding}")
+    backbone = build_slimmable(taught)
+    head = SlimmableProjector(backbone.num_features, taught.hidden, taught.embedding)
+    set_width(head, taught.fixed_width or 1.0)
+    state = folder.check_checkpoint()["state_dict"]
+    for name, module in (("backbone.", backbone), ("head.", head)):
+        own = {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
+        try:
+            module.load_state_dict(own)
+        except RuntimeError as error:
+            raise RunError(f"{folder.checkpoint_file} must fit {folder.config_file}: {error}") from error
+    return backbone, head

@@ -1,6 +1,7 @@
 """Every recipe of slimmable networks trains on digits, stops and continues to the same bits, and is evaluated."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from gatedkernels.reporting.command import evaluate_widths
 from gatedkernels.training import loop
 from gatedkernels.training.augment import plain_view
 from gatedkernels.training.config import SlimmableConfig
-from gatedkernels.training.errors import RunError
+from gatedkernels.training.errors import RunError, TrainingError
+from gatedkernels.training.methods import US3L
 from gatedkernels.training.metrics_log import read_metrics
-from gatedkernels.training.recipes import RECIPES, make_config
+from gatedkernels.training.recipes import RECIPES, build_method, make_config
 from gatedkernels.training.run import (
     evaluate_slimmable_run,
     load_run,
@@ -39,15 +41,24 @@ def small(recipe: str, **options: Any) -> SlimmableConfig:
     return config
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "teacher"
+    train_run(small("byol", epochs=1), path, progress=False)
+    return path
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     return read_metrics(path / "metrics.csv")
 
 
 @pytest.mark.parametrize("recipe", SLIMMABLE)
 def test_a_stopped_run_on_digits_continues_to_the_same_losses(
-    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = small(recipe) if recipe != "us3l" else small(recipe, dynamic_sampling=False)
+    if recipe.startswith("seed"):
+        config = replace(config, teacher_run=teacher)
     train_run(config, tmp_path / "whole", progress=False)
     whole = rows(tmp_path / "whole")
     assert len(whole) == 8
@@ -123,7 +134,10 @@ def test_each_kind_of_run_has_its_evaluation(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base": "mse"}, "base must be 'relative' or 'absolute' or 'keys' or 'queue', got 'mse'"),
+        (
+            {"base": "mse"},
+            "base must be 'relative' or 'absolute' or 'keys' or 'queue' or",
+        ),
         ({"passes": 1}, "passes must be at least 2, got 1"),
         ({"least": 0.0}, "least must be above 0 and at most 1, got 0.0"),
         ({"fixed_width": 1.5}, "fixed_width must be above 0 and at most 1, got 1.5"),
@@ -137,3 +151,25 @@ def test_each_kind_of_run_has_its_evaluation(tmp_path: Path):
 def test_options_are_checked(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         make_config("us3l", **options)
+
+
+def test_a_frozen_teacher_stays(teacher: Path):
+    method = build_method(small("seed-mse", teacher_run=teacher))
+    assert isinstance(method, US3L) and method.teacher is not None
+    stored = RunFolder(teacher).check_checkpoint()["state_dict"]
+    method._follow()
+    for name, value in method.teacher[0].state_dict().items():
+        assert torch.equal(value, stored[f"backbone.{name}"])
+    for name, value in method.teacher[1].state_dict().items():
+        assert torch.equal(value, stored[f"head.{name}"])
+    assert not any(parameter.requires_grad for parameter in method.teacher.parameters())
+
+
+def test_what_cannot_teach_is_refused(teacher: Path, tmp_path: Path):
+    with pytest.raises(TrainingError, match="teacher_run must be the folder of a run, whose network seed learns from"):
+        train_run(small("seed"), tmp_path / "run", progress=False)
+    with pytest.raises(TrainingError, match="embedding must be 16 as the teacher's, got 8"):
+        train_run(small("seed", teacher_run=teacher, embedding=8), tmp_path / "run", progress=False)
+    with pytest.raises(RunError, match=r"config\.json is missing"):
+        train_run(small("seed", teacher_run=tmp_path), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

@@ -10,7 +10,14 @@ from torch.nn import functional as F
 
 from gatedkernels.nn import set_width
 from gatedkernels.training.config import SlimmableConfig
-from gatedkernels.training.contrastive import deviation, info_nce, negative_cosine, nt_xent, queue_nce
+from gatedkernels.training.contrastive import (
+    deviation,
+    info_nce,
+    negative_cosine,
+    nt_xent,
+    queue_nce,
+    similarity_distillation,
+)
 from gatedkernels.training.group_penalty import group_penalty, ramped
 from gatedkernels.training.heads import SlimmableProjector, two_layers
 from gatedkernels.training.schedules import warmup_cosine
@@ -19,6 +26,7 @@ from gatedkernels.training.width_sampling import least_width, sample_widths
 
 # Losses of which a predictor of the network's own side is part.
 _WITH_PREDICTOR = ("absolute", "keys")
+_WITH_QUEUE = ("queue", "similarities")
 
 
 class US3L(pl.LightningModule):
@@ -38,23 +46,31 @@ class US3L(pl.LightningModule):
         backbone: A slimmable network; ``backbone(x)`` has ``num_features`` features at full width. Its normalisations
             should use batch statistics, as with ``track_running_stats=False``.
         config: The run.
+        teacher: Backbone and head that stay as they are and take the momentum encoder's place, as in SEED; their
+            normalisations use batch statistics too. Its embeddings are as wide as ``config.embedding``.
     """
 
-    def __init__(self, backbone: nn.Module, config: SlimmableConfig) -> None:
+    def __init__(
+        self, backbone: nn.Module, config: SlimmableConfig, teacher: tuple[nn.Module, nn.Module] | None = None
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config = config
         self.backbone = backbone
         size = config.embedding
         self.head = SlimmableProjector(int(backbone.num_features), config.hidden, size)  # type: ignore[arg-type]
-        self.predictor = two_layers(size, config.hidden) if config.base in _WITH_PREDICTOR else nn.Identity()
+        predicts = config.predictor and config.base in _WITH_PREDICTOR
+        self.predictor = two_layers(size, config.hidden) if predicts else nn.Identity()
         # Where a predictor stands before the base loss, the narrow networks use it too, or one of their own.
         self.auxiliary = two_layers(size, config.hidden) if config.auxiliary_head else self.predictor
         self._set_width(config.fixed_width or 1.0)
         self.teacher: nn.ModuleList | None = None
-        if config.base_momentum or config.distill_momentum:
+        self.teacher_is_frozen = teacher is not None
+        if teacher is not None:
+            self.teacher = nn.ModuleList(teacher).requires_grad_(False)
+        elif config.base_momentum or config.distill_momentum:
             self.teacher = copy.deepcopy(nn.ModuleList([self.backbone, self.head])).requires_grad_(False)
-        if config.base == "queue":
+        if config.base in _WITH_QUEUE:
             self.register_buffer("queue", F.normalize(torch.randn(config.queue, size), dim=1))
 
     def configure_optimizers(self) -> torch.optim.SGD:
@@ -121,7 +137,7 @@ class US3L(pl.LightningModule):
                 (self.optimizers() if i + 1 == len(widths) else optimizer).step()
                 optimizer.zero_grad()
         self._set_width(self.config.fixed_width or 1.0)
-        if self.config.base == "queue":
+        if self.config.base in _WITH_QUEUE:
             self._enqueue((taught or base)[1])
         return losses, deviation(base[0])
 
@@ -139,6 +155,10 @@ class US3L(pl.LightningModule):
         targets = taught if config.base_momentum else [embedding.detach() for embedding in embeddings]
         if config.base == "queue":
             return queue_nce(embeddings[0], targets[1], self.get_buffer("queue"), config.temperature)
+        if config.base == "similarities":
+            options = (self.get_buffer("queue"), config.temperature, config.teacher_temperature)
+            both = zip(embeddings, targets, strict=True)
+            return torch.stack([similarity_distillation(own, taught, *options) for own, taught in both]).mean()
         return self._crosswise(config.base, [self.predictor(each) for each in embeddings], targets)
 
     def _crosswise(self, name: str, predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -167,7 +187,7 @@ class US3L(pl.LightningModule):
     @torch.no_grad()
     def _follow(self) -> None:
         """Move the momentum encoder towards the network."""
-        if self.teacher is None:
+        if self.teacher is None or self.teacher_is_frozen:
             return
         online = [*self.backbone.parameters(), *self.head.parameters()]
         for mean, parameter in zip(self.teacher.parameters(), online, strict=True):
