@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gatedkernels.training.config import OPTIONS, Device, Measure, TrainConfig
+from gatedkernels.training.config import CONFIGS, OPTIONS, Device, Measure
 from gatedkernels.training.errors import DataError, RunError, TrainingError
-from gatedkernels.training.recipes import make_config
+from gatedkernels.training.recipes import RECIPES, make_config
 
 app = typer.Typer(
     name="gatedkernels",
@@ -62,12 +62,14 @@ def train(context: typer.Context, recipe: str, run_dir: Path, resume: bool, **op
     from gatedkernels.training.run_folder import RunFolder
 
     if context.args:
-        known = ", ".join(f"--{item.name.replace('_', '-')}" for item in OPTIONS)
+        known = ", ".join(f"--{item.name.replace('_', '-')}" for item in OPTIONS.values())
         raise typer.BadParameter(f"{context.args[0]} is none of the options --run-dir, --resume, {known}")
     given = {name: value for name, value in options.items() if value is not None}
     try:
         if resume:
-            config = replace(RunFolder(run_dir).read_config(), recipe=recipe, **given)
+            stored = RunFolder(run_dir).read_config()
+            stored.check_names(given)
+            config = replace(stored, recipe=recipe, **given)
         else:
             config = make_config(recipe, **given)
     except (TypeError, ValueError) as error:
@@ -81,8 +83,8 @@ def train(context: typer.Context, recipe: str, run_dir: Path, resume: bool, **op
 
 
 def _declare_options() -> inspect.Signature:
-    """Give ``train`` an option for every field of the configuration, none of them set."""
-    recipe = typer.Argument(help="What to run: vicreg-dual as published, or vicreg-dual-digits.", show_default=False)
+    """Give ``train`` an option for every field of every configuration, none of them set."""
+    recipe = typer.Argument(help=f"What to run: {', '.join(RECIPES)}.", show_default=False)
     run_dir = typer.Option(help="Folder of the run; new, unless the run is resumed.", show_default=False)
     resume = typer.Option("--resume", help="Continue after the last finished epoch.")
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -92,15 +94,22 @@ def _declare_options() -> inspect.Signature:
         inspect.Parameter("run_dir", kind, annotation=Annotated[Path, run_dir]),
         inspect.Parameter("resume", kind, default=False, annotation=Annotated[bool, resume]),
     ]
-    types = get_type_hints(TrainConfig, include_extras=True)
-    for item in OPTIONS:
-        annotation, text = get_args(types[item.name])
-        default = "none" if item.default is None else item.default
-        option = typer.Option(help=f"{text} vicreg-dual: {default}.", show_default=False)
-        parameters.append(
-            inspect.Parameter(item.name, kind, default=None, annotation=Annotated[annotation | None, option])
-        )
+    types = {name: hint for each in CONFIGS for name, hint in get_type_hints(each, include_extras=True).items()}
+    for name in OPTIONS:
+        annotation, text = get_args(types[name])
+        option = typer.Option(help=f"{text} {_defaults(name)}.", show_default=False)
+        parameters.append(inspect.Parameter(name, kind, default=None, annotation=Annotated[annotation | None, option]))
     return inspect.Signature(parameters)
+
+
+def _defaults(name: str) -> str:
+    """Say what an option is in the recipes that have the defaults of their configuration."""
+    found = {}
+    for config in CONFIGS:
+        values = {item.name: item.default for item in fields(config)}
+        if name in values:
+            found[str(values["recipe"])] = "none" if values[name] is None else values[name]
+    return ", ".join(f"{recipe}: {value}" for recipe, value in found.items())
 
 
 train.__signature__ = _declare_options()  # type: ignore[attr-defined]
@@ -118,13 +127,19 @@ def evaluate(
     augmented: Annotated[
         bool, typer.Option("--augmented", help="Linear probe on new crops in each epoch, as published; slow.")
     ] = False,
+    width: Annotated[
+        list[float] | None, typer.Option(min=0.05, max=1.0, help="Widths of a slimmable network, one or several.")
+    ] = None,
     data_dir: DataDir = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
     device: OnDevice = "auto",
 ) -> None:
-    """Measure both branches of a run, beside an untrained network and the pixels; everything if nothing is chosen."""
+    """Measure a run beside an untrained network and the pixels; everything if nothing is chosen.
+
+    A gated network is measured in both branches, a slimmable one at each width, with multiply-adds and milliseconds.
+    """
     from gatedkernels.demo import accuracy_table
-    from gatedkernels.training.run import evaluate_run
+    from gatedkernels.training.run import evaluate_run, is_slimmable_run
 
     everything = not (knn or linear or augmented)
     measures: list[Measure] = []
@@ -132,6 +147,19 @@ def evaluate(
         measures += ["knn1", "knn1_folds"]
     if linear or everything:
         measures += ["linear", "linear_5_labels"]
+    slimmable = is_slimmable_run(run)
+    if width and not slimmable:
+        raise typer.BadParameter("--width is for runs of slimmable networks")
+    if slimmable:
+        from gatedkernels.reporting import command
+
+        if augmented:
+            raise typer.BadParameter("--augmented is for runs of gated networks")
+        widths = sorted(set(width or (0.25, 0.5, 0.75, 1.0)))
+        command.evaluate_widths(
+            run, measures=measures, widths=widths, data_dir=data_dir, batch_size=batch_size, device=device
+        )
+        return
     results = evaluate_run(
         run,
         measures=measures,

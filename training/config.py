@@ -13,13 +13,16 @@ Measure = Literal["knn1", "knn1_folds", "linear", "linear_5_labels"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 Device = Literal["auto", "cpu", "cuda"]
 Stem = Literal["cifar", "imagenet"]
+BaseLoss = Literal["relative", "absolute", "keys", "queue", "similarities"]
+Distillation = Literal["relative", "absolute", "keys", "none"]
+SlimmableName = Literal["resnet18", "resnet34", "resnet50"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A training run of VICReg-Dual-Gating; every field is an option of ``gatedkernels train``."""
+class RunConfig:
+    """What every training run has; each field is an option of ``gatedkernels train``."""
 
-    recipe: str = "vicreg-dual"
+    recipe: str
 
     data: Annotated[DataName, "Which images to learn from."] = "digits"
     data_dir: Annotated[Path | None, "Folder of the images, for cifar10 and imagefolder."] = None
@@ -28,31 +31,19 @@ class TrainConfig:
     augmentation: Annotated[AugmentationName | None, "Which random views to take; none: those for the images."] = None
     blur: Annotated[float, "Probability of a Gaussian blur, with the augmentation for photos."] = 0.0
 
-    width: Annotated[float, "Factor on the widths of the gated ResNet-18, whose stages have 64 to 512 channels."] = 1.0
+    width: Annotated[float, "Factor on the channels of the whole ResNet, whose stages have 64 to 512 of them."] = 1.0
     stem: Annotated[Stem, "First layers: for small or for large images."] = "cifar"
     stem_padding: Annotated[int, "Padding of the cifar stem."] = 2
-    gate_group: Annotated[int, "Neighbouring channels that share one decision."] = 1
-    gate_bias: Annotated[float | None, "Initial bias of the gates' logits; none: no bias, half of them open."] = None
-    embedding: Annotated[int, "Width of the expander's layers."] = 2048
-
-    budget: Annotated[float, "Target of the sparsity loss: the share of the FLOPs to keep."] = 0.3
-    sparsity_weight: Annotated[float, "Weight of the sparsity loss."] = 5.0
-    bound_weight: Annotated[float, "Weight of the bound loss, which releases the gates slowly."] = 1.0
-    bound_decay: Annotated[float, "How fast the bound is released, per epoch."] = 0.02
-    gate_warmup_epochs: Annotated[int, "Epochs in which both branches are dense and the gates rest."] = 0
-    invariance: Annotated[float, "Weight of the invariance term."] = 25.0
-    variance: Annotated[float, "Weight of the variance terms."] = 25.0
-    covariance: Annotated[float, "Weight of the covariance terms."] = 1.0
+    embedding: Annotated[int, "Width of the embeddings."] = 2048
 
     epochs: Annotated[int, "Length of the run."] = 500
     batch_size: Annotated[int, "Images in a step; the last, smaller batch of an epoch is left out."] = 256
     lr: Annotated[float, "Base learning rate."] = 0.3
     warmup_epochs: Annotated[int, "Epochs until the base learning rate is reached."] = 10
     momentum: Annotated[float, "Momentum of SGD."] = 0.9
-    weight_decay: Annotated[float, "Weight decay; gates and one-dimensional parameters have none."] = 1e-4
-    trust: Annotated[float, "LARS: length of a step as a fraction of the weight's norm."] = 0.02
+    weight_decay: Annotated[float, "Weight decay; in vicreg-dual not of gates and one-dimensional parameters."] = 1e-4
 
-    seed: Annotated[int, "Decides the weights, the order of the images, their views and the gates' noise."] = 0
+    seed: Annotated[int, "Decides the weights, the order of the images, their views and whatever else is drawn."] = 0
     precision: Annotated[Precision, "Number format of the forward and backward passes."] = "32"
     device: Annotated[Device, "Where to train."] = "auto"
     workers: Annotated[int, "Processes that prepare images; the results do not depend on it."] = 0
@@ -66,21 +57,23 @@ class TrainConfig:
         """
         for name, annotation in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), annotation)
-        for name in ("image_size", "width", "gate_group", "embedding", "epochs", "lr", "trust"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "be positive")
-        for name in (
-            *("stem_padding", "sparsity_weight", "bound_weight", "bound_decay", "gate_warmup_epochs", "invariance"),
-            *("variance", "covariance", "warmup_epochs", "weight_decay", "seed", "workers"),
-        ):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "not be negative")
+        self._require_positive("image_size", "width", "embedding", "epochs", "lr")
+        self._require_not_negative("stem_padding", "warmup_epochs", "weight_decay", "seed", "workers")
         _require("limit", self.limit, self.limit is None or self.limit > 0, "be positive")
         _require("batch_size", self.batch_size, self.batch_size >= 2, "be at least 2")
-        _require("budget", self.budget, 0 < self.budget <= 1, "be above 0 and at most 1")
         _require("blur", self.blur, 0 <= self.blur <= 1, "be between 0 and 1")
         _require("momentum", self.momentum, 0 <= self.momentum < 1, "be at least 0 and below 1")
         _require(
             "warmup_epochs", self.warmup_epochs, self.warmup_epochs < self.epochs, f"be below epochs={self.epochs}"
         )
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            _require(name, getattr(self, name), getattr(self, name) > 0, "be positive")
+
+    def _require_not_negative(self, *names: str) -> None:
+        for name in names:
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "not be negative")
 
     @property
     def views(self) -> AugmentationName:
@@ -101,25 +94,119 @@ class TrainConfig:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError(f"a configuration must be a JSON object, got {type(values).__name__}")
-        if values.get("data_dir") is not None:
-            values["data_dir"] = Path(values["data_dir"])
-        check_names(values)
+        for name in ("data_dir", "teacher_run"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        cls.check_names(values)
         return cls(**values)
 
+    @classmethod
+    def check_names(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options that such a run does not have.
 
-OPTIONS = tuple(item for item in fields(TrainConfig) if item.name != "recipe")
+        Raises:
+            ValueError: If a name is unknown; the message lists those there are.
+        """
+        known = [item.name for item in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"option must be one of {', '.join(known)}, got {name!r}")
 
 
-def check_names(options: Mapping[str, Any]) -> None:
-    """Refuse options that no run has.
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """A training run of VICReg-Dual-Gating."""
 
-    Raises:
-        ValueError: If a name is unknown; the message lists those there are.
+    recipe: str = "vicreg-dual"
+
+    gate_group: Annotated[int, "Neighbouring channels that share one decision."] = 1
+    gate_bias: Annotated[float | None, "Initial bias of the gates' logits; none: no bias, half of them open."] = None
+
+    budget: Annotated[float, "Target of the sparsity loss: the share of the FLOPs to keep."] = 0.3
+    sparsity_weight: Annotated[float, "Weight of the sparsity loss."] = 5.0
+    bound_weight: Annotated[float, "Weight of the bound loss, which releases the gates slowly."] = 1.0
+    bound_decay: Annotated[float, "How fast the bound is released, per epoch."] = 0.02
+    gate_warmup_epochs: Annotated[int, "Epochs in which both branches are dense and the gates rest."] = 0
+    invariance: Annotated[float, "Weight of the invariance term."] = 25.0
+    variance: Annotated[float, "Weight of the variance terms."] = 25.0
+    covariance: Annotated[float, "Weight of the covariance terms."] = 1.0
+    trust: Annotated[float, "LARS: length of a step as a fraction of the weight's norm."] = 0.02
+
+    def __post_init__(self) -> None:
+        """Check every value; see `RunConfig`."""
+        super().__post_init__()
+        self._require_positive("gate_group", "trust")
+        self._require_not_negative("sparsity_weight", "bound_weight", "bound_decay", "gate_warmup_epochs")
+        self._require_not_negative("invariance", "variance", "covariance")
+        _require("budget", self.budget, 0 < self.budget <= 1, "be above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlimmableConfig(RunConfig):
+    """A training run of a slimmable network, or of one at a fixed width; the defaults are US3L for CIFAR.
+
+    The cases of US3L's ablation, and the methods it is compared with, are settings of the first few fields.
     """
-    known = [item.name for item in fields(TrainConfig)]
-    for name in options:
-        if name not in known:
-            raise ValueError(f"option must be one of {', '.join(known)}, got {name!r}")
+
+    recipe: str = "us3l"
+
+    base: Annotated[
+        BaseLoss,
+        "Loss of the widest network: relative (NT-Xent), absolute (cosine, with a predictor), keys (InfoNCE against "
+        "the other view's targets, with a predictor), queue (InfoNCE against earlier targets) or similarities (those "
+        "of a frozen teacher to its earlier embeddings).",
+    ] = "relative"
+    distill: Annotated[Distillation, "Loss of the others against it; none: each has the base loss by itself."] = (
+        "absolute"
+    )
+    auxiliary_head: Annotated[bool, "Whether the others have a head of their own before that loss."] = True
+    predictor: Annotated[bool, "Whether the absolute and keys losses have their predictor."] = True
+    base_momentum: Annotated[bool, "Whether the base loss's targets come from the momentum encoder."] = True
+    distill_momentum: Annotated[bool, "Whether those of the others do; else from the widest of the iteration."] = True
+    passes: Annotated[int, "Widths in an iteration."] = 3
+    least: Annotated[float, "The narrowest width."] = 0.25
+    sandwich: Annotated[bool, "Whether the widest and narrowest are always among them."] = True
+    dynamic_sampling: Annotated[bool, "Whether the range of widths opens in the course of the run."] = True
+    sum_gradients: Annotated[bool, "Whether the gradients of all widths make one step; else each makes its own."] = (
+        False
+    )
+    fixed_width: Annotated[float | None, "Train this width alone; none: many."] = None
+    group_strength: Annotated[float, "How much less each eighth of the channels decays than the one before."] = 0.05
+    group_warmup_epochs: Annotated[int, "Epochs in which all channels decay alike."] = 0
+    temperature: Annotated[float, "Of the relative losses."] = 0.5
+    ema: Annotated[float, "Share of the momentum encoder that is kept in a step."] = 0.99
+    teacher_run: Annotated[
+        Path | None, "Folder of a run whose network is the frozen teacher; none: the momentum encoder."
+    ] = None
+    teacher_temperature: Annotated[float, "Of a frozen teacher's similarities."] = 1e-4
+    queue: Annotated[int, "Earlier targets to keep, where a loss has a queue."] = 2048
+    network: Annotated[SlimmableName, "Which slimmable network."] = "resnet18"
+    hidden: Annotated[int, "Width of the heads' hidden layers."] = 2048
+
+    stem_padding: Annotated[int, "Padding of the cifar stem."] = 1
+    embedding: Annotated[int, "Width of the embeddings."] = 256
+    epochs: Annotated[int, "Length of the run."] = 400
+    batch_size: Annotated[int, "Images in a step; the last, smaller batch of an epoch is left out."] = 512
+    lr: Annotated[float, "Base learning rate, which falls along half a cosine."] = 0.5
+    warmup_epochs: Annotated[int, "Epochs until the base learning rate is reached."] = 0
+
+    def __post_init__(self) -> None:
+        """Check every value; see `RunConfig`."""
+        super().__post_init__()
+        self._require_positive("temperature", "teacher_temperature", "queue", "hidden")
+        self._require_not_negative("group_warmup_epochs")
+        fewest = 2 if self.sandwich else 1
+        _require("passes", self.passes, self.passes >= fewest, f"be at least {fewest}")
+        for name in ("least", "fixed_width"):
+            value = getattr(self, name)
+            _require(name, value, value is None or 0 < value <= 1, "be above 0 and at most 1")
+        _require("ema", self.ema, 0 <= self.ema < 1, "be at least 0 and below 1")
+        _require("group_strength", self.group_strength, 0 <= self.group_strength < 1 / 7, "be in [0, 1/7)")
+
+
+CONFIGS: tuple[type[RunConfig], ...] = (TrainConfig, SlimmableConfig)
+# Every option of every run, by name; those of the same name have the same type.
+OPTIONS = {item.name: item for config in reversed(CONFIGS) for item in fields(config) if item.name != "recipe"}
 
 
 def _require(name: str, value: Any, holds: bool, condition: str) -> None:
@@ -132,7 +219,7 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     types = tuple(kind for kind in kinds if get_origin(kind) is not Literal)
-    if value in choices or (isinstance(value, types) and not isinstance(value, bool)):
+    if value in choices or (isinstance(value, types) and (bool in types or not isinstance(value, bool))):
         return
     if float in types and isinstance(value, int) and not isinstance(value, bool):
         return

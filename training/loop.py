@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from gatedkernels import policy
 from gatedkernels.training.augment import VIEWS, EpochSampler, Views
-from gatedkernels.training.config import TrainConfig
+from gatedkernels.training.config import RunConfig
 from gatedkernels.training.data import Data
 from gatedkernels.training.errors import DataError, RunError, TrainingError
 from gatedkernels.training.metrics_log import MetricsLog
@@ -78,7 +78,7 @@ class _StopOnNonFinite(Callback):
             )
 
 
-def check_device(config: TrainConfig) -> None:
+def check_device(config: RunConfig) -> None:
     """Refuse a device or a precision that would silently become another.
 
     Raises:
@@ -91,7 +91,7 @@ def check_device(config: TrainConfig) -> None:
         raise TrainingError("precision must be 32 or bf16-mixed on a CPU, got 16-mixed")
 
 
-def start_run(folder: RunFolder, config: TrainConfig, *, resume: bool) -> TrainConfig:
+def start_run(folder: RunFolder, config: RunConfig, *, resume: bool) -> RunConfig:
     """Prepare a folder that this process has locked.
 
     Args:
@@ -119,7 +119,7 @@ def start_run(folder: RunFolder, config: TrainConfig, *, resume: bool) -> TrainC
     return config
 
 
-def view_loader(data: Data, config: TrainConfig) -> DataLoader[tuple[Tensor, ...]]:
+def view_loader(data: Data, config: RunConfig) -> DataLoader[tuple[Tensor, ...]]:
     """Load pairs of views, in an order and with augmentations that depend on the seed alone.
 
     Raises:
@@ -144,7 +144,7 @@ def view_loader(data: Data, config: TrainConfig) -> DataLoader[tuple[Tensor, ...
 def train(
     module: pl.LightningModule,
     loader: DataLoader[tuple[Tensor, ...]],
-    config: TrainConfig,
+    config: RunConfig,
     folder: RunFolder,
     *,
     resume: bool = False,
@@ -176,7 +176,7 @@ def train(
         _trainer(config, folder, steps, progress).fit(module, loader, ckpt_path=checkpoint, weights_only=True)
 
 
-def _trainer(config: TrainConfig, folder: RunFolder, steps: int, progress: bool) -> pl.Trainer:
+def _trainer(config: RunConfig, folder: RunFolder, steps: int, progress: bool) -> pl.Trainer:
     """Build the Lightning trainer of a run that has taken ``steps`` steps."""
     return pl.Trainer(
         accelerator="gpu" if config.device == "cuda" else config.device,

@@ -3,75 +3,111 @@
 The one place where training meets the models: a method receives its backbone from here.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from gatedkernels.models import GatedResNet, gated_resnet18
-from gatedkernels.nn import ConvCost, gated_flops
-from gatedkernels.training.config import TrainConfig, check_names
+from gatedkernels.models import GatedResNet, SlimmableResNet, create_model, gated_resnet18
+from gatedkernels.nn import ConvCost, gated_flops, set_width
+from gatedkernels.training.config import RunConfig, SlimmableConfig, TrainConfig
+from gatedkernels.training.errors import RunError, TrainingError
 from gatedkernels.training.seeds import derived_seed
 
 if TYPE_CHECKING:
-    from gatedkernels.training.methods import VICRegDual
+    from gatedkernels.training.methods import US3L, VICRegDual
 
 Backbone = GatedResNet
+SlimmableBackbone = SlimmableResNet
 
+# VICReg-Dual-Gating in minutes on two cores: a narrower network, its own schedule, handwritten digits. It takes 880
+# steps where the paper takes 97,000. So gates start open and rest for the first quarter, until the dense branch has
+# something to teach; the sparsity loss weighs twenty times as much, which is what brings so short a run to its budget;
+# and the bound is released fifteen times as fast.
+_DIGITS = {
+    "data": "digits",
+    "width": 0.125,
+    "stem_padding": 1,
+    "embedding": 1024,
+    "budget": 0.32,
+    "gate_bias": 2.0,
+    "gate_warmup_epochs": 10,
+    "sparsity_weight": 100.0,
+    "bound_decay": 0.3,
+    "epochs": 40,
+    "batch_size": 64,
+    "lr": 0.2,
+    "warmup_epochs": 2,
+}
 
-def vicreg_dual(**options: Any) -> TrainConfig:
-    """VICReg-Dual-Gating as the paper has it for CIFAR-10: 500 epochs of full-width ResNet-18 in batches of 256."""
-    return TrainConfig(**{"recipe": "vicreg-dual", **options})
+# Without US3L's momentum targets for narrow networks, auxiliary head, dynamic sampling and group regularisation.
+_PLAIN = {"auxiliary_head": False, "distill_momentum": False, "dynamic_sampling": False, "group_strength": 0.0}
+# One network of one width.
+_ALONE = {**_PLAIN, "fixed_width": 1.0, "distill": "none"}
+_SIMCLR = {"base": "relative", "base_momentum": False}
+_SIMSIAM = {"base": "absolute", "base_momentum": False, "embedding": 2048, "lr": 0.05, "weight_decay": 5e-4}
+_BYOL = {**_SIMSIAM, "base_momentum": True}
+_MOCO_V2 = {"base": "queue", "ema": 0.999, "temperature": 0.2, "lr": 0.3, "batch_size": 256}
+# Published for ViTs with AdamW; with this SGD it takes BYOL's rate and decay.
+_MOCO_V3 = {"base": "keys", "temperature": 0.2, "lr": 0.05, "weight_decay": 5e-4}
+_SEED = {**_SIMSIAM, "base": "similarities", "base_momentum": True, "queue": 32768, "weight_decay": 1e-4, "epochs": 200}
 
-
-def vicreg_dual_digits(**options: Any) -> TrainConfig:
-    """The same method in minutes on two cores: a narrower network, its own schedule, handwritten digits.
-
-    It takes 880 steps where the paper takes 97,000. So gates start open and rest for the first quarter, until the dense
-    branch has something to teach; the sparsity loss weighs twenty times as much, which is what brings so short a run to
-    its budget; and the bound is released fifteen times as fast.
-    """
-    chosen: dict[str, Any] = {
-        "recipe": "vicreg-dual-digits",
-        "data": "digits",
-        "width": 0.125,
-        "stem_padding": 1,
-        "embedding": 1024,
-        "budget": 0.32,
-        "gate_bias": 2.0,
-        "gate_warmup_epochs": 10,
-        "sparsity_weight": 100.0,
-        "bound_decay": 0.3,
-        "epochs": 40,
-        "batch_size": 64,
-        "lr": 0.2,
-        "warmup_epochs": 2,
-        **options,
-    }
-    return TrainConfig(**chosen)
-
-
-RECIPES: dict[str, Callable[..., TrainConfig]] = {
-    "vicreg-dual": vicreg_dual,
-    "vicreg-dual-digits": vicreg_dual_digits,
+RECIPES: dict[str, tuple[type[RunConfig], Mapping[str, Any]]] = {
+    # As the paper has it for CIFAR-10: 500 epochs of full-width ResNet-18 in batches of 256.
+    "vicreg-dual": (TrainConfig, {}),
+    "vicreg-dual-digits": (TrainConfig, _DIGITS),
+    # As the authors' code has it for ResNet-18 on CIFAR: 400 epochs in batches of 512.
+    "us3l": (SlimmableConfig, {}),
+    "simclr": (SlimmableConfig, {**_ALONE, **_SIMCLR}),
+    "simsiam": (SlimmableConfig, {**_ALONE, **_SIMSIAM}),
+    "byol": (SlimmableConfig, {**_ALONE, **_BYOL}),
+    "moco-v2": (SlimmableConfig, {**_ALONE, **_MOCO_V2}),
+    "moco-v3": (SlimmableConfig, {**_ALONE, **_MOCO_V3}),
+    # One network of one width, drawn to a frozen teacher: teacher_run.
+    "seed": (SlimmableConfig, {**_ALONE, **_SEED}),
+    "seed-mse": (SlimmableConfig, {**_ALONE, **_BYOL}),
+    # Universally slimmable, with narrow networks drawn to the widest of the iteration.
+    "us-simclr": (SlimmableConfig, {**_PLAIN, **_SIMCLR, "distill": "relative"}),
+    "us-simsiam": (SlimmableConfig, {**_PLAIN, **_SIMSIAM, "distill": "absolute"}),
+    "us-byol": (SlimmableConfig, {**_PLAIN, **_BYOL, "distill": "absolute"}),
+    "us-moco-v3": (SlimmableConfig, {**_PLAIN, **_MOCO_V3, "distill": "keys"}),
 }
 
 
-def make_config(recipe: str, **options: Any) -> TrainConfig:
+def make_config(recipe: str, **options: Any) -> RunConfig:
     """Build the configuration of a recipe with some options changed.
 
     Raises:
         TypeError: If an option has the wrong type.
         ValueError: If the recipe or an option is unknown, or a value is out of range; the message lists the choices.
     """
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    check_names(options)
-    return RECIPES[recipe](**options)
+    kind, values = _recipe(recipe)
+    kind.check_names(options)
+    return kind(**{"recipe": recipe, **values, **options})
+
+
+def config_from_json(text: str) -> RunConfig:
+    """Read the configuration of any run back.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If the text is no JSON object, or a recipe, a field or a value is unknown or wrong.
+    """
+    values = json.loads(text)
+    recipe = values.get("recipe") if isinstance(values, dict) else None
+    return (TrainConfig if recipe is None else _recipe(recipe)[0]).from_json(text)
+
+
+def _recipe(name: str) -> tuple[type[RunConfig], Mapping[str, Any]]:
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]
 
 
 def build_backbone(config: TrainConfig) -> Backbone:
-    """Build the network of a run as it is before training; the same for the same seed."""
+    """Build the gated network of a run as it is before training; the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed("weights", config.seed))
         return gated_resnet18(
@@ -84,17 +120,80 @@ def build_backbone(config: TrainConfig) -> Backbone:
         )
 
 
-def backbone_costs(backbone: Backbone, config: TrainConfig) -> list[ConvCost]:
+def build_slimmable(config: SlimmableConfig, *, track_running_stats: bool = False) -> SlimmableResNet:
+    """Build the slimmable network of a run as it is before training; the same for the same seed.
+
+    Args:
+        config: The run.
+        track_running_stats: Whether its normalisations have statistics: in evaluation, not in training.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derived_seed("weights", config.seed))
+        net = create_model(
+            f"slimmable_{config.network}",
+            num_classes=None,
+            stem=config.stem,
+            stem_padding=config.stem_padding,
+            channels=round(64 * config.width),
+            track_running_stats=track_running_stats,
+        )
+    assert isinstance(net, SlimmableResNet)
+    net.set_width(config.fixed_width or 1.0)
+    return net
+
+
+def backbone_costs(backbone: nn.Module, config: RunConfig) -> list[ConvCost]:
     """Count what the backbone's layers cost for one image of the run's size."""
     device = next(backbone.parameters()).device
     return gated_flops(backbone, torch.zeros(1, 3, config.image_size, config.image_size, device=device))
 
 
-def build_method(config: TrainConfig) -> "VICRegDual":
-    """Build the method of a run, backbone and expander drawn from its seed."""
-    from gatedkernels.training.methods import VICRegDual
+def build_method(config: RunConfig) -> "VICRegDual | US3L":
+    """Build the method of a run, backbone and heads drawn from its seed.
 
+    Raises:
+        RunError: If the frozen teacher's run cannot be read, or is none of a slimmable network.
+        TrainingError: If a frozen teacher is missing or its embeddings are of another width.
+        ValueError: If no network has the widths that are asked for.
+    """
+    from gatedkernels.training.methods import US3L, VICRegDual
+
+    if isinstance(config, SlimmableConfig):
+        slimmable, teacher = build_slimmable(config), _frozen_teacher(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derived_seed("heads", config.seed))
+            return US3L(slimmable, config, teacher)
+    assert isinstance(config, TrainConfig)
     backbone = build_backbone(config)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed("expander", config.seed))
         return VICRegDual(backbone, backbone_costs(backbone, config), config)
+
+
+def _frozen_teacher(config: SlimmableConfig) -> tuple[nn.Module, nn.Module] | None:
+    """Load backbone and head of the run that is to teach."""
+    from gatedkernels.training.heads import SlimmableProjector
+    from gatedkernels.training.run_folder import RunFolder
+
+    path = config.teacher_run
+    if path is None:
+        if config.recipe.startswith("seed") or config.base == "similarities":
+            raise TrainingError(f"teacher_run must be the folder of a run, whose network {config.recipe} learns from")
+        return None
+    folder = RunFolder(path)
+    taught = folder.read_config()
+    if not isinstance(taught, SlimmableConfig):
+        raise RunError(f"teacher_run must be a run of a slimmable network, got {taught.recipe} in {path}")
+    if taught.embedding != config.embedding:
+        raise TrainingError(f"embedding must be {taught.embedding} as the teacher's, got {config.embedding}")
+    backbone = build_slimmable(taught)
+    head = SlimmableProjector(backbone.num_features, taught.hidden, taught.embedding)
+    set_width(head, taught.fixed_width or 1.0)
+    state = folder.check_checkpoint()["state_dict"]
+    for name, module in (("backbone.", backbone), ("head.", head)):
+        own = {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
+        try:
+            module.load_state_dict(own)
+        except RuntimeError as error:
+            raise RunError(f"{folder.checkpoint_file} must fit {folder.config_file}: {error}") from error
+    return backbone, head

@@ -7,21 +7,29 @@ from typing import Any
 import torch
 
 from gatedkernels.training.augment import plain_view
-from gatedkernels.training.config import Device, Measure, TrainConfig
+from gatedkernels.training.config import Device, Measure, RunConfig, SlimmableConfig, TrainConfig
 from gatedkernels.training.data import Data, load_data
 from gatedkernels.training.errors import RunError, TrainingError
 from gatedkernels.training.evaluation import (
     augmented_linear_accuracy,
     collect_masks,
     evaluate,
+    evaluate_widths,
     mask_report,
 )
 from gatedkernels.training.loop import check_device, start_run, train, view_loader
-from gatedkernels.training.recipes import Backbone, backbone_costs, build_backbone, build_method
+from gatedkernels.training.recipes import (
+    Backbone,
+    SlimmableBackbone,
+    backbone_costs,
+    build_backbone,
+    build_method,
+    build_slimmable,
+)
 from gatedkernels.training.run_folder import RunFolder, write_json
 
 
-def train_run(config: TrainConfig, path: Path, *, resume: bool = False, progress: bool = True) -> None:
+def train_run(config: RunConfig, path: Path, *, resume: bool = False, progress: bool = True) -> None:
     """Train in a folder, which is locked meanwhile.
 
     What is wrong with the images, the network or the device shows before the folder is made.
@@ -43,7 +51,8 @@ def train_run(config: TrainConfig, path: Path, *, resume: bool = False, progress
     try:
         method = build_method(config)
     except ValueError as error:
-        raise TrainingError(f"width and gate_group must describe a network: {error}") from error
+        names = "width and gate_group" if isinstance(config, TrainConfig) else "width and stem_padding"
+        raise TrainingError(f"{names} must describe a network: {error}") from error
     folder = RunFolder(path)
     with folder.locked():
         start_run(folder, config, resume=resume)
@@ -51,7 +60,7 @@ def train_run(config: TrainConfig, path: Path, *, resume: bool = False, progress
 
 
 def load_run(path: Path) -> tuple[TrainConfig, Backbone]:
-    """Load a trained backbone.
+    """Load a trained gated backbone.
 
     Args:
         path: Folder of the run.
@@ -60,10 +69,12 @@ def load_run(path: Path) -> tuple[TrainConfig, Backbone]:
         Its configuration, and the backbone in evaluation mode.
 
     Raises:
-        RunError: If the folder holds no run, or its files are damaged.
+        RunError: If the folder holds no run of a gated network, or its files are damaged.
     """
     folder = RunFolder(path)
     config = folder.read_config()
+    if not isinstance(config, TrainConfig):
+        raise RunError(f"run must be one of a gated network, {path} holds one of {config.recipe}")
     backbone = build_backbone(config)
     try:
         backbone.load_state_dict(folder.read_weights())
@@ -72,7 +83,42 @@ def load_run(path: Path) -> tuple[TrainConfig, Backbone]:
     return config, backbone.eval()
 
 
-def load_run_data(config: TrainConfig, data_dir: Path | None = None, limit: int | None = None) -> Data:
+def is_slimmable_run(path: Path) -> bool:
+    """Whether a folder holds a run of a slimmable network.
+
+    Raises:
+        RunError: If it holds no run, or its configuration is damaged.
+    """
+    return isinstance(RunFolder(path).read_config(), SlimmableConfig)
+
+
+def load_slimmable_run(path: Path) -> tuple[SlimmableConfig, SlimmableBackbone]:
+    """Load a trained slimmable backbone.
+
+    Args:
+        path: Folder of the run.
+
+    Returns:
+        Its configuration, and the backbone in evaluation mode; its normalisations still need `calibrate_norms`.
+
+    Raises:
+        RunError: If the folder holds no run of a slimmable network, or its files are damaged.
+    """
+    folder = RunFolder(path)
+    config = folder.read_config()
+    if not isinstance(config, SlimmableConfig):
+        raise RunError(f"run must be one of a slimmable network, {path} holds one of {config.recipe}")
+    backbone = build_slimmable(config)
+    try:
+        backbone.load_state_dict(folder.read_weights())
+    except RuntimeError as error:
+        raise RunError(f"{folder.weights_file} must fit {folder.config_file}: {error}") from error
+    tracking = build_slimmable(config, track_running_stats=True)
+    tracking.load_state_dict(backbone.state_dict(), strict=False)  # training kept no statistics
+    return config, tracking.eval()
+
+
+def load_run_data(config: RunConfig, data_dir: Path | None = None, limit: int | None = None) -> Data:
     """Load the images of a run, from another folder or fewer of them if asked."""
     return load_data(
         config.data,
@@ -111,7 +157,7 @@ def evaluate_run(
     """
     config, backbone = load_run(path)
     data = load_run_data(config, data_dir)
-    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    place = _place(device)
     costs = backbone_costs(backbone, config)
     results = {
         **describe_run(path, config, data),
@@ -135,14 +181,58 @@ def evaluate_run(
     return results
 
 
-def describe_run(path: Path, config: TrainConfig, data: Data) -> dict[str, Any]:
+def evaluate_slimmable_run(
+    path: Path,
+    *,
+    measures: Sequence[Measure],
+    widths: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+    data_dir: Path | None = None,
+    batch_size: int = 256,
+    device: Device = "auto",
+) -> tuple[dict[str, Any], SlimmableBackbone]:
+    """Evaluate a run of a slimmable network at some widths.
+
+    Args:
+        path: Folder of the run.
+        measures: Which accuracies.
+        widths: The widths; a run of one fixed width is evaluated there alone.
+        data_dir: Where the images are, if they have moved.
+        batch_size: Images at a time, for the statistics of each width too.
+        device: Where to compute.
+
+    Returns:
+        What was trained, under ``accuracy`` that of the pixels and under ``widths`` one row a width, see
+        `gatedkernels.training.evaluation.evaluate_widths`; and the backbone, its normalisations calibrated.
+
+    Raises:
+        RunError: If the folder holds no finished epoch, or its files are damaged.
+        DataError: If the images cannot be read.
+        ValueError: If a width is out of range.
+    """
+    config, backbone = load_slimmable_run(path)
+    data = load_run_data(config, data_dir)
+    if config.fixed_width is not None:
+        widths = (config.fixed_width,)
+    untrained = build_slimmable(config, track_running_stats=True)
+    results = evaluate_widths(
+        backbone, untrained, data, config, widths, measures=measures, batch_size=batch_size, device=_place(device)
+    )
+    return {**describe_run(path, config, data), **results}, backbone
+
+
+def _place(device: Device) -> torch.device:
+    return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+
+
+def describe_run(path: Path, config: RunConfig, data: Data) -> dict[str, Any]:
     """Say what a run's weights were trained on, how, and for how long."""
     progress = RunFolder(path).read_progress()
+    budget = {"budget": config.budget} if isinstance(config, TrainConfig) else {}
     return {
         "data": {"name": data.name, "train": len(data.train), "test": len(data.test)},
         "method": config.recipe,
         "width": config.width,
-        "budget": config.budget,
+        **budget,
         "epochs": int(progress["epochs"]),
         "steps": int(progress["steps"]),
         "seconds": progress["seconds"],

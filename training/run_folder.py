@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gatedkernels.training.config import TrainConfig
+from gatedkernels.training.config import RunConfig
 from gatedkernels.training.errors import RunError
+from gatedkernels.training.recipes import config_from_json
 
 # What torch.load raises for files that are cut off, damaged, something else, or would execute code.
 _UNREADABLE = (AttributeError, EOFError, KeyError, OSError, RuntimeError, UnpicklingError, ValueError)
@@ -49,14 +50,14 @@ class RunFolder:
         """The backbone's weights after the last finished epoch, safetensors."""
         return self.path / "backbone.safetensors"
 
-    def read_config(self) -> TrainConfig:
+    def read_config(self) -> RunConfig:
         """Read the configuration.
 
         Raises:
             RunError: If there is none, or it is damaged.
         """
         try:
-            return TrainConfig.from_json(self.config_file.read_text())
+            return config_from_json(self.config_file.read_text())
         except FileNotFoundError as error:
             raise RunError(f"run must be the folder of a training run, {self.config_file} is missing") from error
         except (OSError, TypeError, ValueError) as error:
@@ -103,7 +104,7 @@ class RunFolder:
             raise RunError(f"{self.checkpoint_file} must be a checkpoint of a run, got {type(checkpoint).__name__}")
         return checkpoint
 
-    def write_config(self, config: TrainConfig) -> None:
+    def write_config(self, config: RunConfig) -> None:
         """Write the configuration."""
         write_atomically(self.config_file, lambda path: path.write_text(config.to_json()))
 

@@ -1,11 +1,12 @@
-"""The commands ``gatedkernels report`` and ``gatedkernels doctor``."""
+"""The commands ``gatedkernels report``, ``gatedkernels doctor``, and ``evaluate`` of slimmable runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from gatedkernels import policy
 from gatedkernels.inference import optimize
@@ -13,6 +14,10 @@ from gatedkernels.reporting.doctor import examine, render
 from gatedkernels.reporting.latency import latency_rows
 from gatedkernels.reporting.plot import speedup_plot
 from gatedkernels.reporting.report import report as report_layers
+from gatedkernels.reporting.widths import width_costs, width_plot
+
+if TYPE_CHECKING:
+    from gatedkernels.training.config import Device, Measure
 
 
 def report(run: Path, *, device: str = "cpu", batch_sizes: Sequence[int] = (1, 16)) -> None:
@@ -69,6 +74,69 @@ def report(run: Path, *, device: str = "cpu", batch_sizes: Sequence[int] = (1, 1
     except OSError as error:
         raise RunError(f"run must be a folder that can be written, got {run}: {error.strerror}") from error
     console.print(f"Written to {run}: {stem}.json, {stem}.md, {stem}.png")
+
+
+def evaluate_widths(
+    run: Path,
+    *,
+    measures: Sequence["Measure"],
+    widths: Sequence[float],
+    data_dir: Path | None = None,
+    batch_size: int = 256,
+    device: "Device" = "auto",
+) -> None:
+    """Measure a trained slimmable network at some widths: accuracies, multiply-adds, milliseconds; print and write it.
+
+    The folder receives ``evaluation.json`` and ``widths.png``.
+
+    Args:
+        run: Folder of a training run.
+        measures: Which accuracies.
+        widths: The widths; a run of one fixed width has that alone.
+        data_dir: Where the images are, if they have moved.
+        batch_size: Images at a time for the accuracies.
+        device: Where to compute.
+
+    Raises:
+        RunError: If the folder holds no finished epoch or its files are damaged, or there are too few test images.
+        DataError: If the images cannot be read.
+    """
+    from gatedkernels.training.augment import plain_view
+    from gatedkernels.training.run import evaluate_slimmable_run, load_run_data, load_slimmable_run
+    from gatedkernels.training.run_folder import write_atomically, write_json
+
+    config, _ = load_slimmable_run(run)
+    results, backbone = evaluate_slimmable_run(
+        run, measures=measures, widths=widths, data_dir=data_dir, batch_size=batch_size, device=device
+    )
+    data = load_run_data(config, data_dir)
+    view = plain_view(config.image_size, data.mean, data.std)
+    batches = [batch for batch in (1, 16) if batch <= len(data.test)]
+    images = torch.stack([view(data.test[index]) for index in range(max(batches))])
+    place = next(backbone.parameters()).device
+    costs = width_costs(backbone, images.to(place), [row["width"] for row in results["widths"]], batch_sizes=batches)
+    for row, cost in zip(results["widths"], costs, strict=True):
+        row.update(cost)
+    results.update({"device": str(place), "threads": torch.get_num_threads(), "thresholds": policy.in_effect()})
+    write_json(run / "evaluation.json", results)
+    write_atomically(run / "widths.png", lambda path: width_plot(results["widths"], path, measure=measures[0]))
+    console = Console()
+    console.print(_widths_table(results, measures))
+    console.print(f"Written to {run}: evaluation.json, widths.png")
+
+
+def _widths_table(results: dict[str, Any], measures: Sequence[str]) -> Table:
+    """Lay out one row a width, untrained networks in brackets."""
+    rows = results["widths"]
+    batches = list(rows[0]["ms"])
+    pixels = ", ".join(f"{name} {value:.3f}" for name, value in results["accuracy"]["pixels"].items())
+    title = f"{results['method']}, {results['epochs']} epochs (in brackets: untrained; raw pixels: {pixels})"
+    table = Table("width", "MMACs", "params", *(f"ms, batch {batch}" for batch in batches), *measures, title=title)
+    for row in rows:
+        times = [f"{row['ms'][batch]['median']:.3f}" for batch in batches]
+        scores = [f"{row['accuracy'][name]:.3f} ({row['random_init'][name]:.3f})" for name in measures]
+        table.add_row(f"{row['width']:g}", f"{row['macs'] * 1e-6:.2f}", f"{row['params']:,}", *times, *scores)
+    return table
 
 
 def doctor() -> None:

@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from gatedkernels.training.contrastive import negative_cosine, nt_xent
+from gatedkernels.training.contrastive import (
+    deviation,
+    info_nce,
+    negative_cosine,
+    nt_xent,
+    queue_nce,
+    similarity_distillation,
+)
 
 
 def views(samples: int = 5, dims: int = 7) -> tuple[Tensor, Tensor]:
@@ -69,3 +77,29 @@ def test_errors():
         nt_xent(first, second, 0)
     with pytest.raises(ValueError, match="predictions and targets must have one shape"):
         negative_cosine(first[0], second[0])
+
+
+def test_info_nce_is_a_cross_entropy_over_the_other_view():
+    queries, keys = (torch.randn(5, 4, dtype=torch.float64) for _ in range(2))
+    similar = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T / 0.2
+    expected = 2 * 0.2 * -similar.log_softmax(1).diagonal().mean()
+    torch.testing.assert_close(info_nce(queries, keys, 0.2).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_queues_hold_the_negatives():
+    queries, keys = (F.normalize(torch.randn(5, 4), dim=1) for _ in range(2))
+    queue = F.normalize(torch.randn(7, 4), dim=1)
+    own = ((queries * keys).sum(1) / 0.2).exp()
+    expected = -(own / (own + (queries @ queue.T / 0.2).exp().sum(1))).log().mean()
+    torch.testing.assert_close(queue_nce(3 * queries, keys, queue, 0.2), expected)
+    # A teacher near temperature 0 knows its own sample alone: the same loss.
+    torch.testing.assert_close(similarity_distillation(queries, keys, queue, 0.2, 1e-4), expected)
+    with pytest.raises(ValueError, match=r"queue must have shape \(K, 4\), got \(7, 3\)"):
+        queue_nce(queries, keys, queue[:, :3])
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        similarity_distillation(queries, keys, queue, 0.2, 0)
+
+
+def test_deviation_tells_collapse():
+    assert deviation(torch.randn(2000, 64)) == pytest.approx(1, abs=0.02)
+    assert deviation(torch.randn(1, 64).expand(20, 64)) == pytest.approx(0, abs=1e-6)

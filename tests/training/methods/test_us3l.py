@@ -1,22 +1,15 @@
 """US3L's iteration is the paper's: which width goes when, against which targets, and what makes a step."""
 
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gatedkernels.models import slimmable_resnet18
-from gatedkernels.training import loop
+from gatedkernels.training.config import SlimmableConfig
 from gatedkernels.training.contrastive import negative_cosine, nt_xent
-from gatedkernels.training.loop import start_run, train, view_loader
-from gatedkernels.training.methods import US3L, US3LOptions
-from gatedkernels.training.metrics_log import read_metrics
-from gatedkernels.training.recipes import make_config
-from gatedkernels.training.run import load_run_data
-from gatedkernels.training.run_folder import RunFolder
+from gatedkernels.training.methods import US3L
 
 SMALL: dict[str, Any] = {"hidden": 16, "embedding": 8, "epochs": 4, "lr": 0.05}
 
@@ -24,7 +17,7 @@ SMALL: dict[str, Any] = {"hidden": 16, "embedding": 8, "epochs": 4, "lr": 0.05}
 def build(**options: Any) -> US3L:
     torch.manual_seed(0)
     backbone = slimmable_resnet18(num_classes=None, stem="cifar", channels=16, track_running_stats=False)
-    return US3L(backbone, US3LOptions(**{**SMALL, **options}))
+    return US3L(backbone, SlimmableConfig(**{**SMALL, **options}))
 
 
 class Steps(US3L):
@@ -52,7 +45,7 @@ class Steps(US3L):
 def alone(**options: Any) -> Steps:
     torch.manual_seed(0)
     backbone = slimmable_resnet18(num_classes=None, stem="cifar", channels=16, track_running_stats=False)
-    return Steps(backbone, US3LOptions(**{**SMALL, **options}))
+    return Steps(backbone, SlimmableConfig(**{**SMALL, **options}))
 
 
 VIEWS = [torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
@@ -68,7 +61,7 @@ def test_widths_follow_the_schedule():
 
 def test_each_width_makes_a_step_or_all_make_one():
     module = alone()
-    losses = module.iterate(VIEWS, [1.0, 0.5, 0.25], epoch=3)
+    losses, _ = module.iterate(VIEWS, [1.0, 0.5, 0.25], epoch=3)
     assert len(losses) == len(module.taken) == 3
     assert module.backbone.width == 1.0
     summed = alone(sum_gradients=True)
@@ -80,12 +73,12 @@ def test_losses_of_the_final_recipe():
     module = alone(weight_decay=0)
     with torch.no_grad():
         taught = [module.head(module.backbone(view)) for view in VIEWS]  # the momentum encoder begins as a copy
-    losses = module.iterate(VIEWS, [1.0], epoch=0)
+    losses, _ = module.iterate(VIEWS, [1.0], epoch=0)
     expected = (nt_xent(taught[0], taught[1], 0.5) + nt_xent(taught[1], taught[0], 0.5)) / 2
     torch.testing.assert_close(losses[0], expected)
 
-    again = alone(weight_decay=0, lr=0.0)
-    narrow = again.iterate(VIEWS, [1.0, 0.5], epoch=0)[1]
+    again = alone(weight_decay=0, lr=1e-9)
+    narrow = again.iterate(VIEWS, [1.0, 0.5], epoch=0)[0][1]
     with torch.no_grad():
         again.backbone.set_width(0.5)
         for layer in again.head.layers[:1]:
@@ -119,58 +112,19 @@ def test_a_narrow_step_teaches_the_first_channels_only():
     assert full[8:].any() and narrow[:8].any() and not narrow[8:].any()
 
 
-@pytest.mark.parametrize("base", ["relative", "absolute"])
-@pytest.mark.parametrize("distill", ["relative", "absolute", None])
+@pytest.mark.parametrize("base", ["relative", "absolute", "keys", "queue"])
+@pytest.mark.parametrize("distill", ["relative", "absolute", "keys", "none"])
 @pytest.mark.parametrize("momentum", [(False, False), (False, True), (True, True)], ids=str)
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_every_case_of_the_ablation_runs(base: str, distill: str | None, momentum: tuple[bool, bool], auxiliary: bool):
     options = {"base": base, "distill": distill, "auxiliary_head": auxiliary}
     module = alone(base_momentum=momentum[0], distill_momentum=momentum[1], **options)
     assert (module.teacher is not None) == any(momentum)
-    losses = module.iterate(VIEWS, [1.0, 0.25], epoch=3)
+    losses, _ = module.iterate(VIEWS, [1.0, 0.25], epoch=3)
     assert all(loss.isfinite() for loss in losses) and len(module.taken) == 2
 
 
-class Killed(BaseException):
-    """Stands for whatever ends a process."""
-
-
-def run(path: Path, *, resume: bool = False) -> list[tuple[str, str]]:
-    """Losses of two epochs on handwritten digits, by the loop that trains every method."""
-    config = make_config(
-        "vicreg-dual", data="digits", limit=64, image_size=16, batch_size=16, epochs=2, warmup_epochs=1
-    )
-    folder = RunFolder(path)
-    with folder.locked():
-        start_run(folder, config, resume=resume)
-        loader = view_loader(load_run_data(config), config)
-        train(build(epochs=2, dynamic_sampling=False), loader, config, folder, resume=resume, progress=False)
-    return [(row["loss"], row["narrowest"]) for row in read_metrics(path / "metrics.csv")]
-
-
-def test_a_stopped_run_on_digits_continues_to_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    whole = run(tmp_path / "whole")
-    assert len(whole) == 8 and all(torch.isfinite(torch.tensor([float(loss) for row in whole for loss in row])))
-
-    def kill(self: Any, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == 6:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop._StopOnNonFinite, "on_train_batch_end", kill)
-        run(tmp_path / "killed")
-    assert run(tmp_path / "killed", resume=True) == whole
-    weights = [RunFolder(tmp_path / name).read_weights() for name in ("whole", "killed")]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="base must be one of 'relative', 'absolute', got 'mse'"):
-        US3LOptions(base="mse")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="distill must be one of 'relative', 'absolute', None, got 'mse'"):
-        US3LOptions(distill="mse")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="ema must be at least 0 and below 1, got 1"):
-        US3LOptions(ema=1)
-    with pytest.raises(ValueError, match="epochs must be positive, got 0"):
-        US3LOptions(epochs=0)
+def test_only_absolute_losses_have_a_predictor():
     assert isinstance(build(base="absolute").predictor, nn.Sequential)
+    assert isinstance(build(base="absolute", predictor=False).predictor, nn.Identity)
+    assert isinstance(build(base="relative").predictor, nn.Identity)
