@@ -208,7 +208,11 @@ def residual_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _packed_residual(*arguments, conv=_shortcut_on_gpu, block=block_on_gpu)
 
 
-_ON_GPU = {**DEFINITIONS, "packed_block": block_on_gpu, "packed_residual": residual_on_gpu}
+_ON_GPU: dict[str, Callable[..., Any]] = {
+    **DEFINITIONS,
+    "packed_block": block_on_gpu,
+    "packed_residual": residual_on_gpu,
+}
 for _name, _definition in DEFINITIONS.items():
     torch.library.impl(f"gatedkernels::{_name}", "CUDA", _ON_GPU[_name])
     if _extension.CPU_ERROR is not None:

@@ -93,9 +93,10 @@ def coded_block(
         )
     *tensors, residual, strides = checked(x, weight1, bias1, weight2, bias2, residual, stride)
     # A table is checked as the mask of a batch of as many samples.
-    table = arguments.expand_mask("table", table, weight1.shape[0], group, x[:1].expand(len(table), -1, -1, -1))
+    one_a_mask = x[:1].expand(len(table), -1, -1, -1)
+    masks = arguments.expand_mask("table", table, weight1.shape[0], group, one_a_mask)
     require(backend, LAUNCHERS, x)
-    return torch.ops.gatedkernels.coded_block.default(*tensors, table, codes, residual, strides)
+    return torch.ops.gatedkernels.coded_block.default(*tensors, masks, codes, residual, strides)
 
 
 def _check_codes(table: Tensor, codes: Tensor, x: Tensor) -> None:
