@@ -91,21 +91,25 @@ def conv(kind: str, numbers: str, tile: Tile, side: int = 3, stride: int = 1) ->
     """The ragged convolution, as a launcher specialises it for aligned channels.
 
     Args:
-        kind: "out" writes listed channels packed, "in" reads such, "dense" has no lists; "dx" is the input's gradient.
+        kind: "out" writes listed channels packed, "in" reads such, "dense" has no lists; "dx" is the input's gradient;
+            "packed" is "in" with the weights of `optimize`, and with groups that are not neighbours.
         numbers: "bf16", "fp16" or "fp32".
         tile: The configuration.
         side: Of the window.
         stride: Between windows.
     """
-    gradient, out, listed_inputs = kind == "dx", kind == "out", kind in ("in", "dx")
-    tensors = {"x", "weight", "y"} | ({"bias"} if not gradient else set()) | ({"residual"} if kind == "in" else set())
+    gradient, out, listed_inputs = kind == "dx", kind == "out", kind in ("in", "packed", "dx")
+    grouped = kind == "packed"
+    tensors = {"x", "weight", "y"} | ({"bias"} if not gradient else set())
+    tensors |= {"residual"} if listed_inputs and not gradient else set()
     lists = {"out_index", "out_count"} if out else {"in_index", "in_count"} if listed_inputs else set()
-    optional = {"bias", "residual", "gate", "in_index", "in_count", "out_index", "out_count"}
+    lists |= {"order", "lists"} if grouped else set()
+    optional = {"bias", "residual", "gate", "in_index", "in_count", "out_index", "out_count", "order", "lists"}
     spread, between = (stride, 1) if gradient else (1, stride)
     constants = {
         **dict.fromkeys(optional - tensors - lists),
         # Weights lie in rows of what is not listed: along the outputs where inputs are listed, else along the inputs.
-        "weight_stride_k" if listed_inputs else "weight_stride_c": 1,
+        **({} if grouped else {"weight_stride_k" if listed_inputs else "weight_stride_c": 1}),
         **window(side, between),
         "SPREAD_H": spread,
         "SPREAD_W": spread,
@@ -114,11 +118,12 @@ def conv(kind: str, numbers: str, tile: Tile, side: int = 3, stride: int = 1) ->
         "PACKED_IN": listed_inputs,
         "PACKED_OUT": out,
         "PRECISION": PRECISIONS[numbers],
+        "BLOCK": 32 if grouped else 1,
         "ROWS": tile.rows,
         "CHANNELS": tile.channels,
         "DEPTH": tile.depth,
     }
-    if kind != "dense":
+    if kind != "dense" and not grouped:
         constants["shared"] = 1
     pointers = {**dict.fromkeys(tensors, f"*{numbers}"), **dict.fromkeys(lists, "*i32")}
     name = f"conv {kind} {side}x{side}/{stride} {numbers} {tile.rows}x{tile.channels}x{tile.depth}"
@@ -147,7 +152,9 @@ def weight_gradient(listed: str, numbers: str, tile: GradientTile) -> Case:
 def cases() -> Iterator[Case]:
     """Everything that is shipped."""
     lists = {"index": "*i32", "count": "*i32"}
-    yield Case("plan", plan_kernels.plan_kernel, {"mask": "*i1", **lists}, {"CHUNK": plan_kernels.CHUNK}, 4, 3)
+    yield Case(
+        "plan", plan_kernels.plan_kernel, {"mask": "*i1", **lists}, {"order": None, "CHUNK": plan_kernels.CHUNK}, 4, 3
+    )
     for numbers, size in SIZES.items():
         pack = {"x": f"*{numbers}", "packed": f"*{numbers}", **lists}
         yield Case(f"pack {numbers}", kernels.pack_kernel, pack, {"PIXELS": 64, "CHANNELS": 32}, 4, 3)
@@ -159,7 +166,7 @@ def cases() -> Iterator[Case]:
             yield conv(kind, numbers, tiles[-1], side=1)
         yield conv("out", numbers, shipped(size, True)[-1], stride=2)
         yield conv("dx", numbers, tiles[-1], stride=2)
-        yield from (conv(kind, numbers, tiles[-1]) for kind in ("dense", "dx"))
+        yield from (conv(kind, numbers, tiles[-1]) for kind in ("dense", "dx", "packed"))
         yield from (weight_gradient(listed, numbers, GRADIENT_TILES[size]) for listed in ("out", "in"))
 
 

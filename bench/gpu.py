@@ -19,9 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402 - needs the path
 
-from bench.gpu_cases import BLOCKS, NETWORKS, SMALL_BATCHES, GpuBlock  # noqa: E402
+from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SMALL_BATCHES, GpuBlock  # noqa: E402
+from bench.gpu_plot import plots  # noqa: E402
 from bench.gpu_time import measure  # noqa: E402
-from bench.gpu_trials import Way, backward_ways, block_ways, ceilings, network_ways  # noqa: E402
+from bench.gpu_trials import Way, backward_ways, block_ways, ceilings, conv_ways, network_ways  # noqa: E402
 from bench.results import Results  # noqa: E402
 from gatedkernels.reporting.machine import versions  # noqa: E402
 
@@ -50,13 +51,16 @@ class Row(NamedTuple):
     note: str = ""
 
 
-def rows_of(part: str, facts: dict[str, Any], ways: Iterator[Way]) -> list[Row]:
-    """Measure every way through a case. One that fails is a row that says why: the others are worth having."""
+def rows_of(part: str, facts: dict[str, Any], ways: Iterator[Way], agree: bool = True) -> list[Row]:
+    """Measure every way through a case. One that fails is a row that says why: the others are worth having.
+
+    Unless they are different things (``agree``), the ways that are not dense must have one result.
+    """
     rows, dense, exact = [], [], None
     try:
         for way in ways:
             try:
-                result = None if way.dense else way.calls[0]()
+                result = None if way.dense or not agree else way.calls[0]()
                 if isinstance(result, torch.Tensor):
                     exact = result if exact is None else exact
                     refuse(result, exact)
@@ -97,6 +101,15 @@ def run_ceilings(out: Path, small: bool) -> Iterator[list[Row]]:
         yield [row._replace(note=f"{1000 * amount / row.ms[0]:.4g} {unit}" if row.ms else row.note)]
 
 
+def run_convolutions(out: Path, small: bool) -> Iterator[list[Row]]:
+    """What cuDNN makes of the dense convolutions, as a part of what the chip can do."""
+    for case in islice(CONVOLUTIONS, 1 if small else None):
+        chosen = case.small() if small else case
+        rows = rows_of("cudnn", chosen.facts(), conv_ways(chosen, device()), agree=False)
+        rates = (f"{2e-9 * chosen.multiply_adds / row.ms[0]:.4g} TFLOP/s" if row.ms else row.note for row in rows)
+        yield [row._replace(note=rate) for row, rate in zip(rows, rates, strict=True)]
+
+
 def _blocks(
     part: str, cases: Sequence[GpuBlock], ways: Callable[..., Iterator[Way]], **options: bool
 ) -> Callable[[Path, bool], Iterator[list[Row]]]:
@@ -112,13 +125,16 @@ _EVERY_SHAPE = tuple(case for case in BLOCKS if case.kept == 0.3 and case.masks 
 PARTS: dict[str, Callable[[Path, bool], Iterator[list[Row]]]] = {
     "tests": run_tests,
     "ceilings": run_ceilings,
+    "cudnn": run_convolutions,
     "blocks": _blocks("blocks", BLOCKS, block_ways),
     "small": _blocks("small", SMALL_BATCHES, block_ways),
     "backward": _blocks("backward", _EVERY_SHAPE, backward_ways),
     "networks": _blocks("networks", NETWORKS, network_ways),
     # Minutes of compilation for a shape.
     "compiled": _blocks("compiled", _EVERY_SHAPE, block_ways, compiled=True),
-    "compiled-networks": _blocks("compiled-networks", NETWORKS[-3:], network_ways, compiled=True),
+    "compiled-networks": _blocks(
+        "compiled-networks", tuple(c for c in NETWORKS if (c.size, c.batch) == (224, 256)), network_ways, compiled=True
+    ),
 }
 
 
@@ -182,6 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows += found
                 save(options.out, head, rows)
                 print(table(found).split("\n", 2)[2], flush=True)
+    for path in plots(rows, options.out):
+        print(f"written to {path}")
     print(f"written to {options.out}")
     return 0
 

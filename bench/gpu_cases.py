@@ -38,8 +38,27 @@ class GpuBlock(_Case):
 
 
 @dataclass(frozen=True)
+class GpuConv(_Case):
+    """A dense 3×3 convolution of ``channels`` on ``size`` × ``size`` images: what cuDNN makes of a block's halves."""
+
+    channels: int
+    size: int
+    batch: int
+    dtype: str = "bfloat16"
+
+    def small(self) -> "GpuConv":
+        """The same in milliseconds."""
+        return replace(self, channels=16, size=3, batch=2, dtype="float32")
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one pass, forward or either gradient."""
+        return 9 * self.channels**2 * self.size**2 * self.batch
+
+
+@dataclass(frozen=True)
 class GpuNetwork(_Case):
-    """A folded ResNet-18 with given masks; its gates are not computed."""
+    """A folded ResNet-18 or ResNet-50 with given masks; its gates are not computed."""
 
     size: int
     stem: str
@@ -47,6 +66,7 @@ class GpuNetwork(_Case):
     kept: float
     width: float = 1.0
     dtype: str = "bfloat16"
+    depth: int = 18
 
     def small(self) -> "GpuNetwork":
         """The same in seconds."""
@@ -62,9 +82,12 @@ BLOCKS = tuple(
 SMALL_BATCHES = tuple(
     GpuBlock(*shape, batch, kept, "independent") for shape, batch, kept in product(SHAPES, (1, 16, 64), (0.3, 1.0))
 )
+CONVOLUTIONS = tuple(GpuConv(*shape, 256) for shape in SHAPES)
 NETWORKS = tuple(
-    GpuNetwork(size, stem, batch, kept)
-    for (size, stem), batch, kept in product(((32, "cifar"), (224, "imagenet")), (1, 16, 64, 256), (0.3, 0.5, 1.0))
+    GpuNetwork(size, stem, batch, kept, depth=depth)
+    for depth, (size, stem), batch, kept in product(
+        (18, 50), ((32, "cifar"), (224, "imagenet")), (1, 16, 64, 256), (0.3, 0.5, 1.0)
+    )
 )
 
 

@@ -1,18 +1,18 @@
 """What the GPU benchmark runs: for each case the dense ways and the gated ones, on rotating inputs."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, conv2d
 
-from bench.gpu_cases import SHARED, GpuBlock, GpuNetwork, draw_masks
+from bench.gpu_cases import SHARED, GpuBlock, GpuConv, GpuNetwork, draw_masks
 from bench.gpu_time import Call, sets_for
-from gatedkernels.models import gated_resnet18
-from gatedkernels.nn import GatedBasicBlock
+from gatedkernels.models import gated_resnet18, gated_resnet50
+from gatedkernels.nn import GatedBasicBlock, GatedBottleneck
 from gatedkernels.nn.fold import fold_norm
-from gatedkernels.ops import gated_block
+from gatedkernels.ops import coded_block, gated_block, gated_conv2d
 from gatedkernels.ops._select import select
 
 
@@ -70,6 +70,35 @@ def block_ways(case: GpuBlock, device: str, compiled: bool = False) -> Iterator[
             for x, m in zip(x, masks, strict=True)
         ]
         yield Way(f"triton, {shared} samples a list", False, calls)
+    calls = [
+        lambda x=x, m=m: shared_block(x, *block[:4], m, x, (1, 1), SHARED[-1], similar=True)
+        for x, m in zip(x, masks, strict=True)
+    ]
+    yield Way(f"triton, {SHARED[-1]} similar samples a list", False, calls)
+    if case.masks == "codebook8":
+        coded = [mask.unique(dim=0, return_inverse=True) for mask in masks]
+        calls = [
+            lambda x=x, c=c: coded_block(x, *block[:4], *c, residual=x, backend="triton")
+            for x, c in zip(x, coded, strict=True)
+        ]
+        yield Way("triton, lists of the codebook", False, calls)
+
+
+def conv_ways(case: GpuConv, device: str) -> Iterator[Way]:
+    """The forward pass and either gradient of a dense convolution, each by itself, as PyTorch has them."""
+    dtype, c = getattr(torch, case.dtype), case.channels
+    images = [_randn(case.batch, c, case.size, case.size, device=device, dtype=dtype) for _ in range(4)]
+    weight = _randn(c, c, 3, 3, device=device, dtype=dtype)
+    ones = [1, 1]
+
+    def gradient(x: Tensor, input: bool) -> object:
+        return torch.ops.aten.convolution_backward(
+            x, x, weight, None, ones, ones, ones, False, [0, 0], 1, [input, not input, False]
+        )
+
+    yield Way("forward", False, [lambda x=x: conv2d(x, weight, None, 1, 1) for x in images])
+    yield Way("gradient of the input", False, [lambda x=x: gradient(x, True)[0] for x in images])
+    yield Way("gradient of the weights", False, [lambda x=x: gradient(x, False)[1] for x in images])
 
 
 def backward_ways(case: GpuBlock, device: str) -> Iterator[Way]:
@@ -88,7 +117,7 @@ def backward_ways(case: GpuBlock, device: str) -> Iterator[Way]:
 
 
 def network_ways(case: GpuNetwork, device: str, compiled: bool = False) -> Iterator[Way]:
-    """A folded ResNet-18 with given masks against the dense one."""
+    """A folded ResNet with given masks against the dense one."""
     dtype = getattr(torch, case.dtype)
     network = Network(case, device, dtype)
     images = [_randn(case.batch, 3, case.size, case.size, device=device, dtype=dtype) for _ in range(2)]
@@ -102,25 +131,57 @@ def network_ways(case: GpuNetwork, device: str, compiled: bool = False) -> Itera
         yield Way(name, False, calls)
 
 
+class FoldedBottleneck(NamedTuple):
+    """A bottleneck's folded filters and biases, those that listed inputs meet with rows along their outputs."""
+
+    convs: Sequence[tuple[Tensor, Tensor]]
+    stride: int
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels that masks decide about."""
+        return tuple(len(bias) for _, bias in self.convs[:2])
+
+    def dense(self, x: Tensor, residual: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
+        """As cuDNN computes it; with masks, selected between the convolutions."""
+        for i, (weight, bias) in enumerate(self.convs[:2]):
+            x = conv2d(x, weight, bias, self.stride if i else 1, i).relu_()
+            x = x if masks is None else select(x, masks[i][:, :, None, None])
+        return conv2d(x, *self.convs[2]).add_(residual).relu_()
+
+    def gated(self, x: Tensor, residual: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """From our kernels; what is open on both sides of the middle convolution is what it computes."""
+        first, second = masks
+        (weight1, bias1), (weight2, bias2), (weight3, bias3) = self.convs
+        options = {"backend": "triton"}
+        x = gated_conv2d(x, weight1, bias1, None, first, **options).relu_()
+        x = gated_conv2d(x, weight2, bias2, first, second, stride=self.stride, padding=1, **options).relu_()
+        return gated_conv2d(x, weight3, bias3, second, None, **options).add_(residual).relu_()
+
+
 class Network:
-    """ResNet-18 with its normalisations folded; with masks, its blocks run on our kernels."""
+    """A ResNet with its normalisations folded; with masks, its blocks run on our kernels."""
 
     def __init__(self, case: GpuNetwork, device: str, dtype: torch.dtype) -> None:
-        model = gated_resnet18(num_classes=None, stem=case.stem, width=case.width).eval()
+        build = {18: gated_resnet18, 50: gated_resnet50}[case.depth]
+        model = build(num_classes=None, stem=case.stem, width=case.width).eval()
         self.pool = model.maxpool
         self.stem = _folded(model.conv1, model.bn1, device, dtype)
         self.stem_stride, self.stem_padding = model.conv1.stride, model.conv1.padding
         self.blocks, self.shortcuts = [], []
-        for block in (m for m in model.modules() if isinstance(m, GatedBasicBlock)):
-            first, second = (
+        for block in (m for m in model.modules() if isinstance(m, GatedBasicBlock | GatedBottleneck)):
+            convs = [
                 _folded(conv, norm, device, dtype)
                 for conv, norm in zip(block.convs(), block.norms("gated"), strict=True)
-            )
-            self.blocks.append(Folded.of(*first, *second, block.conv1.stride[0]))
+            ]
+            if isinstance(block, GatedBasicBlock):
+                self.blocks.append(Folded.of(*convs[0], *convs[1], block.conv1.stride[0]))
+            else:
+                self.blocks.append(FoldedBottleneck(convs, block.conv2.stride[0]))
             down = block.downsample
             self.shortcuts.append(None if down is None else _folded(down[0], down[1], device, dtype))
 
-    def __call__(self, x: Tensor, masks: Sequence[Tensor | None] | None = None, way: str = "masked") -> Tensor:
+    def __call__(self, x: Tensor, masks: Sequence[Any] | None = None, way: str = "masked") -> Tensor:
         """Features (N, C); without masks the dense network's."""
         masks = masks or [None] * len(self.blocks)
         x = self.pool(conv2d(x, *self.stem, self.stem_stride, self.stem_padding).relu_())
@@ -129,10 +190,16 @@ class Network:
             x = block.gated(x, residual, mask) if way == "triton" else block.dense(x, residual, mask)
         return adaptive_avg_pool2d(x, 1).flatten(1)
 
-    def draw(self, case: GpuNetwork, generator: torch.Generator, device: str) -> list[Tensor]:
-        """A mask for each block."""
-        widths = (block.weight1.shape[0] for block in self.blocks)
-        return [draw_masks("independent", case.batch, width, case.kept, generator, device) for width in widths]
+    def draw(self, case: GpuNetwork, generator: torch.Generator, device: str) -> list[Any]:
+        """A mask for each basic block, two for each bottleneck."""
+
+        def one(width: int) -> Tensor:
+            return draw_masks("independent", case.batch, width, case.kept, generator, device)
+
+        return [
+            one(len(block.weight1)) if isinstance(block, Folded) else [one(width) for width in block.widths]
+            for block in self.blocks
+        ]
 
 
 def ceilings(device: str, small: bool = False) -> Iterator[tuple[str, float, str, Callable[[], object]]]:

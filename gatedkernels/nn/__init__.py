@@ -1,6 +1,7 @@
 """Gates, gated layers and blocks, and what they cost."""
 
 from gatedkernels.nn.blocks import Branch, GatedBasicBlock, GatedBottleneck, check_branch
+from gatedkernels.nn.codebook import CodebookGate, Codes
 from gatedkernels.nn.costs import ConvCost
 from gatedkernels.nn.fix_gates import fix_gates
 from gatedkernels.nn.flops import FlopCount, LayerFlops, count_flops, gated_flops, kept_fraction
@@ -18,6 +19,8 @@ from gatedkernels.nn.widths import SlimmableNetwork, calibrate_norms, is_slimmab
 __all__ = [
     "Branch",
     "ChannelGate",
+    "CodebookGate",
+    "Codes",
     "ConvCost",
     "FlopCount",
     "Gate",

@@ -42,7 +42,58 @@ def gate_key(name: str) -> str:
     return name.removesuffix(".gate")
 
 
-class ChannelGate(nn.Module):
+class GateLogits(nn.Module):
+    """Logits from a layer's input: global average pooling, 1×1 convolution, batch normalisation, ReLU, 1×1 convolution.
+
+    Args:
+        in_channels: Channels of the input that is looked at.
+        logits: How many.
+        reduction: The hidden layer has ``in_channels // reduction`` channels, at least one.
+        temperature: Width of the sigmoid or softmax that lends its slope to the gradient.
+        bias_init: Value of the last bias; None: it has none.
+
+    Raises:
+        ValueError: If a size is not positive.
+    """
+
+    is_gate = True
+
+    def __init__(
+        self, in_channels: int, logits: int, *, reduction: int, temperature: float, bias_init: float | None
+    ) -> None:
+        super().__init__()
+        for name, value in {"in_channels": in_channels, "reduction": reduction, "temperature": temperature}.items():
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        hidden = max(1, in_channels // reduction)
+        self.temperature = temperature
+        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.bn = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, logits, 1, bias=bias_init is not None)
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        if self.conv2.bias is not None and bias_init is not None:
+            nn.init.constant_(self.conv2.bias, bias_init)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Compute the logits, shape (N, logits), float32 or wider, from images of shape (N, C_in, H, W)."""
+        hidden = torch.relu(self.bn(self.conv1(x.mean((2, 3), keepdim=True))))
+        logits = self.conv2(hidden).flatten(1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
+        """Cost of the two convolutions; see `gatedkernels.nn.flops`."""
+        return [
+            conv_cost(name, conv, (1, 1), is_overhead=True)
+            for name, conv in (("conv1", self.conv1), ("conv2", self.conv2))
+        ]
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.conv1.in_channels:
+            raise ValueError(f"x must have shape (N, {self.conv1.in_channels}, H, W), got {tuple(x.shape)}")
+
+
+class ChannelGate(GateLogits):
     """Decide from a layer's input which of its output channels to compute.
 
     Global average pooling, 1×1 convolution, batch normalisation, ReLU, 1×1 convolution: one logit per ``group`` output
@@ -65,8 +116,6 @@ class ChannelGate(nn.Module):
         ValueError: If a size is not positive or ``group`` does not divide ``out_channels``.
     """
 
-    is_gate = True
-
     def __init__(
         self,
         in_channels: int,
@@ -77,27 +126,11 @@ class ChannelGate(nn.Module):
         temperature: float = 2 / 3,
         bias_init: float | None = None,
     ) -> None:
-        super().__init__()
         check_group("out_channels", out_channels, group)
-        for name, value in {"in_channels": in_channels, "reduction": reduction, "temperature": temperature}.items():
-            if value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        hidden = max(1, in_channels // reduction)
+        super().__init__(
+            in_channels, out_channels // group, reduction=reduction, temperature=temperature, bias_init=bias_init
+        )
         self.group = group
-        self.temperature = temperature
-        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
-        self.bn = nn.BatchNorm2d(hidden)
-        self.conv2 = nn.Conv2d(hidden, out_channels // group, 1, bias=bias_init is not None)
-        for conv in (self.conv1, self.conv2):
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        if self.conv2.bias is not None and bias_init is not None:
-            nn.init.constant_(self.conv2.bias, bias_init)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Compute the logits, shape (N, C / group), float32 or wider, from images of shape (N, C_in, H, W)."""
-        hidden = torch.relu(self.bn(self.conv1(x.mean((2, 3), keepdim=True))))
-        logits = self.conv2(hidden).flatten(1)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(self, x: Tensor) -> Gate:
         """Decide for every sample.
@@ -111,21 +144,13 @@ class ChannelGate(nn.Module):
         Raises:
             ValueError: If ``x`` has another number of dimensions or channels.
         """
-        if x.ndim != 4 or x.shape[1] != self.conv1.in_channels:
-            raise ValueError(f"x must have shape (N, {self.conv1.in_channels}, H, W), got {tuple(x.shape)}")
+        self._check(x)
         logits = self.logits(x)
         if self.training:
             weight = straight_through(logits + logistic_noise(logits), self.temperature)
             return Gate(weight.detach() > 0, weight)
         mask = logits >= 0
         return Gate(mask, mask.to(logits.dtype))
-
-    def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
-        """Cost of the two convolutions; see `gatedkernels.nn.flops`."""
-        return [
-            conv_cost(name, conv, (1, 1), is_overhead=True)
-            for name, conv in (("conv1", self.conv1), ("conv2", self.conv2))
-        ]
 
     def extra_repr(self) -> str:
         """Say what the parts do not show."""

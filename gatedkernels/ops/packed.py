@@ -2,8 +2,9 @@
 
 Layouts of filters (K, C, S, S): rows, (K, S, S, C), which is the channels-last layout of the same filters; blocks,
 (ceil(K / 32), C, S, S, 32), zeros where K ends; and for a network's first layer (ceil(K / 32), S, S * C, 32). The CPU
-library computes gates, blocks and single convolutions from them in float32 and bfloat16; elsewhere the
-definitions below serve, from the same tensors.
+library computes gates, blocks and single convolutions from them in float32 and bfloat16. On CUDA devices
+basic blocks run on the Triton kernels (not yet measured on hardware), everything else on the definitions below, from
+the same tensors; where there is no Triton, and without the CPU library, the definitions serve it all.
 
 3 x 3 filters may come a second time, transformed for Winograd's minimal filtering F(2 x 2, 3 x 3) (Lavin and Gray,
 2016, section 4.1), as rows (K, 16 C + 16) and as blocks (ceil(K / 32), 4, C, 4 * 32): the library then computes from
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, linear, max_pool2d, pad
 
-from gatedkernels import _extension
+from gatedkernels import _extension, policy
 from gatedkernels.ops.gated_block.reference import gated_block_reference
 from gatedkernels.ops.gated_conv2d.reference import masked
 
@@ -139,15 +140,15 @@ def _packed_residual(
     shortcut_bias: Tensor | None,
     mask: Tensor | None,
     stride: int,
+    conv: Callable[..., Tensor] = _packed_conv2d,
+    block: Callable[..., Tensor] = _packed_block,
 ) -> tuple[Tensor, Tensor]:
     decided = _channel_gate(x, gate_weight1, gate_bias1, gate_weight2, gate_bias2)
     residual = x
     if shortcut_weight is not None and shortcut_bias is not None:
-        residual = _packed_conv2d(
-            x, shortcut_weight, shortcut_bias, None, None, None, len(shortcut_bias), stride, relu=False
-        )
+        residual = conv(x, shortcut_weight, shortcut_bias, None, None, None, len(shortcut_bias), stride, relu=False)
     mask = decided if mask is None else mask
-    return _packed_block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride), decided
+    return block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride), decided
 
 
 def _packed_pool(x: Tensor) -> Tensor:
@@ -168,8 +169,52 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
     "packed_residual": _packed_residual,
     "packed_stem": _packed_stem,
 }
+
+
+def block_on_gpu(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    tiles1: Tensor | None,
+    tiles2: Tensor | None,
+    mask: Tensor,
+    residual: Tensor | None,
+    stride: int,
+) -> Tensor:
+    """``packed_block`` as CUDA devices serve it: by the Triton kernels where they can, else by its definition.
+
+    The kernels read rows and blocks as they lie; tiles stay unused.
+    """
+    if policy.triton_problem(x) is not None:
+        return _packed_block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride)
+    from gatedkernels.ops.ragged import gated  # importing the package imports no Triton
+
+    return gated.packed_block(x, weight1, bias1, weight2, bias2, mask, residual, (stride, stride))
+
+
+def _shortcut_on_gpu(x: Tensor, weight: Tensor, bias: Tensor, *options: Any, relu: bool) -> Tensor:
+    """A shortcut likewise. Its definition would lay the blocks out anew at each call."""
+    if policy.triton_problem(x) is not None:
+        return _packed_conv2d(x, weight, bias, *options, relu)
+    from gatedkernels.ops.ragged import gated
+
+    return gated.packed_shortcut(x, weight, bias, options[-1])
+
+
+def residual_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """``packed_residual`` likewise: the gate is PyTorch's."""
+    return _packed_residual(*arguments, _shortcut_on_gpu, block_on_gpu)
+
+
+_ON_GPU: dict[str, Callable[..., Any]] = {
+    **DEFINITIONS,
+    "packed_block": block_on_gpu,
+    "packed_residual": residual_on_gpu,
+}
 for _name, _definition in DEFINITIONS.items():
-    torch.library.impl(f"gatedkernels::{_name}", "CUDA", _definition)
+    torch.library.impl(f"gatedkernels::{_name}", "CUDA", _ON_GPU[_name])
     if _extension.CPU_ERROR is not None:
         torch.library.impl(f"gatedkernels::{_name}", "CPU", _definition)
 

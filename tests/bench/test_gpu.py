@@ -8,7 +8,7 @@ import torch
 
 from bench import gpu, gpu_cases
 from bench.gpu_time import measure
-from bench.gpu_trials import Way
+from bench.gpu_trials import Network, Way
 
 CASE = gpu_cases.GpuBlock(16, 3, 2, 0.5, "independent", "float32")
 
@@ -69,14 +69,26 @@ def test_a_case_that_cannot_be_made_is_a_row():
 
 
 def test_parts_write_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert gpu.main(["ceilings", "small", "networks", "--small", "--out", str(tmp_path / "new")]) == 0
+    assert gpu.main(["ceilings", "cudnn", "small", "networks", "--small", "--out", str(tmp_path / "new")]) == 0
     content = json.loads((tmp_path / "new" / "results.json").read_text())
     assert {"machine", "versions", "commit", "date", "rows"} == set(content)
     rows = [gpu.Row(**row) for row in content["rows"]]
-    assert {row.part for row in rows} == {"ceilings", "small", "networks"}
+    assert {row.part for row in rows} == {"ceilings", "cudnn", "small", "networks"}
     assert all(row.ms for row in rows if not row.way.startswith("triton"))
     assert (tmp_path / "new" / "results.md").read_text() == gpu.table(rows) + "\n"
+    assert {path.name for path in (tmp_path / "new").glob("*.png")} == {
+        "small-16-3-2-float32.png", "networks-16-cifar-1-0.125-float32-18.png"
+    }  # fmt: skip
     assert "written to" in capsys.readouterr().out
+
+
+def test_both_depths_run_dense_and_masked():
+    for depth in (18, 50):
+        case = gpu_cases.GpuNetwork(16, "cifar", 2, 1.0, 0.125, "float32", depth)
+        network = Network(case, "cpu", torch.float32)
+        x = torch.randn(2, 3, 16, 16)
+        masks = network.draw(case, torch.Generator().manual_seed(0), "cpu")
+        torch.testing.assert_close(network(x, masks, "masked"), network(x))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["nonsense"], "PART must be one of"), ([], "needs a CUDA device")])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 import gatedkernels as gk
+from gatedkernels.ops import packed
 from gatedkernels.ops.plan.reference import active, pack, plan_reference, unpack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -280,3 +281,103 @@ def test_the_operator_is_well_formed():
     arguments = (*tensors, None, draw(2, 5, 0.5), ones, ones, ones, 1, False, "triton", 2.0)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.gatedkernels.gated_conv2d.default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("sizes", [(12, 37, 37), (20, 16, 70)], ids=str)
+def test_blocks_from_packed_weights(sizes: tuple[int, int, int], stride: int):
+    n, (c, m, k), h, w = 3, sizes, 5, 4
+    size = (n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    x, residual = randn(n, c, h, w).to(memory_format=torch.channels_last), randn(*size)
+    weight1, bias1, weight2, bias2 = randn(m, c, 3, 3), randn(m), randn(k, m, 3, 3), randn(k)
+    own = (packed.pack_rows(weight1), bias1, packed.pack_blocks(weight2), bias2, None, None)
+    for density in (0.0, 0.4, 1.0):
+        mask = draw(n, m, density)
+        y = packed.block_on_gpu(x, *own, mask, residual, stride)
+        exact = gk.gated_block(
+            x, weight1, bias1, weight2, bias2, mask, residual=residual, stride=stride, backend="reference"
+        )
+        torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("given", [True, False])
+def test_residual_blocks_from_packed_weights(given: bool, stride: int):
+    n, c, k, hidden = 2, 12, 20 if stride == 2 else 12, 4
+    x = randn(n, c, 6, 5).to(memory_format=torch.channels_last)
+    gate = randn(hidden, c), randn(hidden), randn(k, hidden), randn(k)
+    weights = packed.pack_rows(randn(k, c, 3, 3)), randn(k), packed.pack_blocks(randn(k, k, 3, 3)), randn(k)
+    shortcut = (packed.pack_blocks(randn(k, c, 1, 1)), randn(k)) if stride == 2 else (None, None)
+    arguments = (x, *gate, *weights, None, None, *shortcut, draw(n, k, 0.5) if given else None, stride)
+    own, exact = packed.residual_on_gpu(*arguments), packed.DEFINITIONS["packed_residual"](*arguments)
+    torch.testing.assert_close(own[0], exact[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(own[1], exact[1])
+
+
+@pytest.mark.parametrize("shared", [2, 4, 8])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_similar_samples_share_lists(density: float, shared: int):
+    from gatedkernels.ops.ragged.gated import gated_block
+
+    n, c = 7, 20
+    mask = draw(3, c, density)[torch.randint(3, (n,), device=DEVICE)] ^ draw(n, c, 0.05)
+    tensors = randn(n, c, 3, 4), randn(c, c, 3, 3), randn(c), randn(c, c, 3, 3), randn(c)
+    exact = gk.gated_block(*tensors, mask, residual=tensors[0], backend="reference")
+    for similar in (False, True):
+        y = gated_block(*tensors, mask, tensors[0], (1, 1), shared, similar)
+        torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_brings_equal_masks_together():
+    from gatedkernels.ops.ragged.groups import similar_groups
+
+    table, codes = draw(4, 70, 0.4), torch.arange(32, device=DEVICE) % 4
+    groups = similar_groups(table[codes], 8)
+    assert sorted(groups.order.tolist()) == list(range(32))
+    assert all(len(set(codes[group.long()].tolist())) == 1 for group in groups.order.view(-1, 8))
+    assert similar_groups(table[:3], 2).order.tolist()[-1] == 3  # an empty place
+
+
+@pytest.mark.parametrize("shared", [1, 2, 3, 8])
+@pytest.mark.parametrize(("samples", "count"), [(1, 5), (9, 1), (20, 4), (6, 40)])
+def test_groups_of_equal_codes(samples: int, count: int, shared: int):
+    """Every sample has one place, in a group of its own code."""
+    from gatedkernels.ops.ragged.groups import equal_groups
+
+    codes = torch.randint(count, (samples,), device=DEVICE)
+    order, lists = equal_groups(codes, count, shared)
+    assert len(order) == len(lists) * shared
+    assert len(lists) == samples // shared + min(count, samples)
+    filled = order < samples
+    assert sorted(order[filled].tolist()) == list(range(samples))
+    assert torch.equal(codes[order[filled].long()], lists.repeat_interleave(shared)[filled].long())
+
+
+@pytest.mark.parametrize("shared", [1, 2, 8])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_blocks_of_a_codebook(stride: int, shared: int):
+    from gatedkernels.ops.ragged.gated import coded_block
+
+    n, c, m, k = 7, 12, 37, 18
+    tensors = randn(n, c, 5, 4), randn(m, c, 3, 3), randn(m), randn(k, m, 3, 3), randn(k)
+    table, codes = draw(4, m, 0.4), torch.tensor([0, 3, 3, 0, 1, 3, 3], device=DEVICE)
+    table[1] = False
+    residual = randn(n, k, 5, 4) if stride == 1 else None
+    y = coded_block(*tensors, table, codes, residual, (stride, stride), shared)
+    exact = gk.gated_block(*tensors, table[codes], residual=residual, stride=stride, backend="reference")
+    torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_the_operator_of_a_codebook():
+    x, weights = randn(4, 6, 5, 4), (randn(16, 6, 3, 3), randn(16), randn(9, 16, 3, 3), None)
+    table, codes = draw(3, 16, 0.5), torch.tensor([2, 0, 2, 1], device=DEVICE)
+    y = gk.ops.coded_block(x, *weights, table, codes, stride=2, backend="triton")
+    exact = gk.ops.coded_block(x, *weights, table, codes, stride=2, backend="reference")
+    torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+    assert y.stride() == exact.stride()
+    arguments = (x, *weights, table, codes, None, (2, 2))
+    torch.library.opcheck(torch.ops.gatedkernels.coded_block.default, arguments)
+    recorded = weights[0].clone().requires_grad_()
+    gk.ops.coded_block(x, recorded, *weights[1:], table, codes, backend="triton").sum().backward()
+    assert recorded.grad.any()

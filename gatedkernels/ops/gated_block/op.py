@@ -133,6 +133,33 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("gatedkernels::gated_block", _backward, setup_context=_save)
 
 
+def checked(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    residual: Tensor | None,
+    stride: int | tuple[int, int],
+) -> tuple[Any, ...]:
+    """The tensors of a basic block as autocast has them, and the stride as a pair; errors of `gated_block`."""
+    arguments.check_images("x", x)
+    x, weight1, bias1, weight2, bias2, residual = arguments.autocast(  # type: ignore[assignment]
+        x, weight1, bias1, weight2, bias2, residual
+    )
+    arguments.check_weight("weight1", weight1, "bias1", bias1, x.shape[1], 1, x)
+    arguments.check_weight("weight2", weight2, "bias2", bias2, weight1.shape[0], 1, x)
+    for name, weight in (("weight1", weight1), ("weight2", weight2)):
+        if tuple(weight.shape[2:]) != (3, 3):
+            raise ValueError(f"{name} must hold 3x3 filters, got {tuple(weight.shape)}")
+    strides = arguments.pair("stride", stride, 1)
+    arguments.check_fits(x, weight1, strides, (1, 1), (1, 1))
+    if residual is not None:
+        size = arguments.output_size(x, weight1, strides, (1, 1), (1, 1))
+        arguments.check_like("residual", residual, (x.shape[0], weight2.shape[0], *size), x)
+    return x, weight1, bias1, weight2, bias2, residual, strides
+
+
 def gated_block(
     x: Tensor,
     weight1: Tensor,
@@ -177,23 +204,10 @@ def gated_block(
     y = _KNOWN.run(given, options)
     if y is not None:
         return y
-    arguments.check_images("x", x)
-    x, weight1, bias1, weight2, bias2, residual = arguments.autocast(  # type: ignore[assignment]
-        x, weight1, bias1, weight2, bias2, residual
-    )
-    arguments.check_weight("weight1", weight1, "bias1", bias1, x.shape[1], 1, x)
-    arguments.check_weight("weight2", weight2, "bias2", bias2, weight1.shape[0], 1, x)
-    for name, weight in (("weight1", weight1), ("weight2", weight2)):
-        if tuple(weight.shape[2:]) != (3, 3):
-            raise ValueError(f"{name} must hold 3x3 filters, got {tuple(weight.shape)}")
+    x, weight1, bias1, weight2, bias2, residual, strides = checked(x, weight1, bias1, weight2, bias2, residual, stride)
     if mask is None:
         raise TypeError("mask must be a tensor, got None")
     mask = arguments.expand_mask("mask", mask, weight1.shape[0], group, x)  # type: ignore[assignment]
-    strides = arguments.pair("stride", stride, 1)
-    arguments.check_fits(x, weight1, strides, (1, 1), (1, 1))
-    if residual is not None:
-        size = arguments.output_size(x, weight1, strides, (1, 1), (1, 1))
-        arguments.check_like("residual", residual, (x.shape[0], weight2.shape[0], *size), x)
     if backend == "auto":
         served, threshold = policy.choose("gated_block", x, weight1, strides, (1, 1), (1, 1), 1)
     else:

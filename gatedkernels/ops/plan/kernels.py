@@ -7,19 +7,22 @@ CHUNK = 1024  # channels that one step looks at
 
 
 @triton.jit
-def _open(mask, channel, channels, first, samples, shared, stride_n, stride_c):
-    """Which of these channels at least one of the ``shared`` samples from ``first`` on keeps, as 0 and 1."""
+def _open(mask, order, channel, channels, first, samples, shared, stride_n, stride_c):
+    """Which of these channels at least one of the ``shared`` samples at ``first`` and behind keeps, as 0 and 1."""
     found = tl.zeros(channel.shape, tl.int32)
-    at = mask + first.to(tl.int64) * stride_n + channel * stride_c
-    for _ in range(tl.minimum(shared, samples - first)):
+    for place in range(first, tl.minimum(first + shared, samples)):
+        sample = place
+        if order is not None:
+            sample = tl.load(order + place)
+        at = mask + sample.to(tl.int64) * stride_n + channel * stride_c
         found |= (tl.load(at, channel < channels, other=0) != 0).to(tl.int32)
-        at += stride_n
     return found
 
 
 @triton.jit
 def plan_kernel(
     mask,  # bool (samples, channels), any strides
+    order,  # int32 (samples,) and more: in which order they are grouped; None: as they are
     index,  # int32 (lists, channels): a permutation, the open channels first
     count,  # int32 (lists,): how many are open
     samples,
@@ -35,12 +38,12 @@ def plan_kernel(
     opened = 0
     for start in range(0, channels, CHUNK):
         channel = start + tl.arange(0, CHUNK)
-        opened += tl.sum(_open(mask, channel, channels, first, samples, shared, stride_n, stride_c), 0)
+        opened += tl.sum(_open(mask, order, channel, channels, first, samples, shared, stride_n, stride_c), 0)
     tl.store(count + group, opened)
     before = 0  # open channels of the chunks before
     for start in range(0, channels, CHUNK):
         channel = start + tl.arange(0, CHUNK)
-        found = _open(mask, channel, channels, first, samples, shared, stride_n, stride_c)
+        found = _open(mask, order, channel, channels, first, samples, shared, stride_n, stride_c)
         rank = before + tl.cumsum(found, 0) - found
         place = tl.where(found != 0, rank, opened + channel - rank)
         tl.store(index + group.to(tl.int64) * channels + place, channel, mask=channel < channels)

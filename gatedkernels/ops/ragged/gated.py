@@ -1,17 +1,20 @@
 """Gated operations composed of plans, packings and ragged convolutions: the backend "triton"."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._select import select
+from gatedkernels.ops.ragged.groups import equal_groups, similar_groups
 from gatedkernels.ops.ragged.launch import (
     ALL,
+    AS_THEY_ARE,
     CONV_FLAG,
     LINEAR_FLAG,
+    Groups,
     List,
     channels_dense,
     convolve,
@@ -141,26 +144,97 @@ def gated_block(
     residual: Tensor | None,
     stride: Sequence[int],
     shared: int = 1,
+    similar: bool = False,
 ) -> Tensor:
     """The gated basic block in three launches, if x, residual and weights have their rows dense: plan, out, in.
 
-    With ``shared`` above 1 so many neighbouring samples share the union of their lists: weights are fetched once for
-    all of them, and what only some of them keep is computed for all and zero for the others.
+    With ``shared`` above 1 so many samples share the union of their lists: weights are fetched once for all of them,
+    and what only some of them keep is computed for all and zero for the others. These are neighbours in the batch, or
+    with ``similar`` samples of similar masks, wherever they are.
     """
-    hidden_list = plan(mask, shared)
-    size = arguments.output_size(x, weight1, stride, (1, 1), (1, 1))
-    hidden = convolve(
-        channels_dense(x), rows(weight1, False), bias1, packed_like(x, weight1.shape[0], *size),
-        outs=hidden_list, stride=stride, padding=(1, 1), relu=True, packed_out=True, shared=shared,
-        gate=None if shared == 1 else mask.contiguous(),
-    )  # fmt: skip
-    y = _images(x, weight2, size)
-    if residual is not None and residual.stride() != y.stride():
-        residual = torch.empty_like(y).copy_(residual)
+    shared = max(1, min(shared, x.shape[0]))
+    groups = similar_groups(mask, shared) if similar and shared > 1 else AS_THEY_ARE
+    gate = None if shared == 1 else mask.contiguous()
+    block = Block(rows(weight1, False), bias1, rows(weight2, True), bias2, weight2.shape[0])
+    return block.run(x, plan(mask, shared, groups.order), residual, stride, shared, groups, gate)
+
+
+def packed_block(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    mask: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+) -> Tensor:
+    """``gated_block`` from the weights of `optimize` as they lie: rows (M, 3, 3, C), blocks (⌈K / 32⌉, M, 3, 3, 32)."""
+    block = Block(weight1.permute(0, 3, 1, 2), bias1, weight2, bias2, len(bias2))
+    return block.run(x, plan(mask), residual, stride)
+
+
+def packed_shortcut(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    """The dense convolution of a shortcut, from blocks (⌈K / 32⌉, C, S, S, 32)."""
+    size = [(length - 1) // stride + 1 for length in x.shape[2:]]
+    y = x.new_empty((x.shape[0], *size, len(bias))).permute(0, 3, 1, 2)
+    padding = (weight.shape[2] // 2,) * 2
     return convolve(
-        hidden, rows(weight2, True), bias2, y, hidden_list,
-        padding=(1, 1), relu=True, residual=residual, packed_in=True, shared=shared,
+        channels_dense(x), weight, bias, y, stride=(stride, stride), padding=padding, shared=max(1, x.shape[0])
     )  # fmt: skip
+
+
+def coded_block(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    table: Tensor,
+    codes: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    shared: int = 8,
+) -> Tensor:
+    """``gated_block`` where every sample has one of the masks in ``table``: a list a mask, groups of equal samples."""
+    shared = max(1, min(shared, x.shape[0]))
+    block = Block(rows(weight1, False), bias1, rows(weight2, True), bias2, weight2.shape[0])
+    return block.run(x, plan(table), residual, stride, shared, equal_groups(codes, len(table), shared))
+
+
+class Block(NamedTuple):
+    """The folded weights of a basic block, rows dense: ``weight1`` along its inputs, ``weight2`` along its outputs."""
+
+    weight1: Tensor
+    bias1: Tensor | None
+    weight2: Tensor
+    bias2: Tensor | None
+    channels: int
+
+    def run(
+        self,
+        x: Tensor,
+        hidden_list: List,
+        residual: Tensor | None,
+        stride: Sequence[int],
+        shared: int = 1,
+        groups: Groups = AS_THEY_ARE,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """Two launches: the listed hidden channels, packed, and the outputs from these."""
+        size = arguments.output_size(x, self.weight1, stride, (1, 1), (1, 1))
+        hidden = convolve(
+            channels_dense(x), self.weight1, self.bias1, packed_like(x, self.weight1.shape[0], *size),
+            outs=hidden_list, stride=stride, padding=(1, 1), relu=True, packed_out=True,
+            shared=shared, groups=groups, gate=gate,
+        )  # fmt: skip
+        y = x.new_empty((x.shape[0], *size, self.channels)).permute(0, 3, 1, 2)
+        if residual is not None and residual.stride() != y.stride():
+            residual = torch.empty_like(y).copy_(residual)
+        return convolve(
+            hidden, self.weight2, self.bias2, y, hidden_list,
+            padding=(1, 1), relu=True, residual=residual, packed_in=True, shared=shared, groups=groups,
+        )  # fmt: skip
 
 
 def gated_linear(

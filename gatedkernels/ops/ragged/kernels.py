@@ -35,7 +35,7 @@ def place(tile, row_tiles, channel_tiles, ROWS: tl.constexpr, CHANNELS: tl.const
 @triton.jit
 def ragged_conv_kernel(
     x,  # (samples, height, width, channels), channels dense
-    weight,  # any strides
+    weight,  # any strides; with BLOCK: (blocks, in_channels, R, S, BLOCK), blocks of outputs
     bias,  # (out_channels,) or None
     residual,  # strides of y, or None
     gate,  # bool (samples, out_channels): outputs that are zero although their list has them, or None
@@ -44,8 +44,10 @@ def ragged_conv_kernel(
     in_count,
     out_index,
     out_count,
+    order,  # int32 (groups * shared,): the sample at every place of the groups, ``samples`` at empty ones; None: as is
+    lists,  # int32 (groups,): the list of every group; None: the one of its number
     samples,
-    shared,  # neighbouring samples that share a list
+    shared,  # samples of a group, which share a list
     height,
     width,
     in_channels,
@@ -77,6 +79,7 @@ def ragged_conv_kernel(
     PACKED_IN: tl.constexpr,  # x is packed, with zeros behind its count up to a multiple of STEP
     PACKED_OUT: tl.constexpr,  # write listed channels side by side; else each at its place, and zeros for the others
     PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,  # outputs that lie side by side in a block of weights; 1: no blocks
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -86,9 +89,12 @@ def ragged_conv_kernel(
     row_tiles = tl.cdiv(shared * pixels, ROWS)
     channel_tiles = tl.cdiv(out_channels, CHANNELS)
     group, row, first = place(tl.program_id(0), row_tiles, channel_tiles, ROWS, CHANNELS)
+    its_list = group
+    if lists is not None:
+        its_list = tl.load(lists + group)
     outs = out_channels
     if out_count is not None:
-        outs = tl.load(out_count + group)
+        outs = tl.load(out_count + its_list)
     if PACKED_OUT:  # noqa: SIM102 - decided when it is compiled, what follows when it runs
         if first >= outs:
             return
@@ -96,15 +102,17 @@ def ragged_conv_kernel(
     listed = position < outs
     channel = position
     if out_index is not None:
-        channel = tl.load(out_index + group.to(tl.int64) * out_channels + position, position < out_channels, other=0)
+        channel = tl.load(out_index + its_list.to(tl.int64) * out_channels + position, position < out_channels, other=0)
     sample = group * shared + row // pixels
+    if order is not None:
+        sample = tl.load(order + sample, row < shared * pixels, other=samples)
     row_open = (row < shared * pixels) & (sample < samples)
     p = row % pixels // out_width
     q = row % pixels % out_width
 
     ins = in_channels
     if in_count is not None:
-        ins = tl.load(in_count + group)
+        ins = tl.load(in_count + its_list)
     readable = ins
     if PACKED_IN:
         readable = rounded(ins)
@@ -113,7 +121,7 @@ def ragged_conv_kernel(
     if not PACKED_OUT:
         steps = tl.where(first < outs, steps, 0)
     x_rows = x + sample.to(tl.int64) * x_stride_n
-    weight_columns = weight + channel.to(tl.int64) * weight_stride_k
+    weight_columns = weight + (channel // BLOCK).to(tl.int64) * weight_stride_k + channel % BLOCK
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for step in range(steps):
         tap = step % (R * S)
@@ -134,7 +142,7 @@ def ragged_conv_kernel(
         a = tl.load(at[:, None] + k[None, :], inside[:, None] & (k < readable)[None, :], other=0.0)
         row_of_weights = k
         if in_index is not None:
-            row_of_weights = tl.load(in_index + group.to(tl.int64) * in_channels + k, k < ins, other=0)
+            row_of_weights = tl.load(in_index + its_list.to(tl.int64) * in_channels + k, k < ins, other=0)
         if MIRRORED:
             r = R - 1 - r
             s = S - 1 - s

@@ -29,8 +29,23 @@ class List(NamedTuple):
 ALL = List()
 
 
-def plan(mask: Tensor, shared: int = 1) -> List:
-    """The list of every group of ``shared`` samples: the channels that any of them keeps."""
+class Groups(NamedTuple):
+    """Which samples share a list, where it is not neighbours in the batch, each group its own.
+
+    Attributes:
+        order: Int32 (groups * shared,), the sample at every place; the number of samples where a place is empty.
+        lists: Int32 (groups,), the list of every group; None: group g has list g.
+    """
+
+    order: Tensor | None = None
+    lists: Tensor | None = None
+
+
+AS_THEY_ARE = Groups()
+
+
+def plan(mask: Tensor, shared: int = 1, order: Tensor | None = None) -> List:
+    """The list of every group of ``shared`` samples, in this order: the channels that any of them keeps."""
     samples, channels = mask.shape
     lists = -(-samples // shared)
     index = mask.new_empty((lists, channels), dtype=torch.int32)
@@ -39,7 +54,7 @@ def plan(mask: Tensor, shared: int = 1) -> List:
         chunk = min(plan_kernels.CHUNK, max(triton.next_power_of_2(channels), 16))
         with torch.cuda.device_of(mask):
             plan_kernels.plan_kernel[(lists,)](
-                mask, index, count, samples, channels, shared, *mask.stride(), CHUNK=chunk, num_warps=4
+                mask, order, index, count, samples, channels, shared, *mask.stride(), CHUNK=chunk, num_warps=4
             )
     return List(index, count)
 
@@ -97,6 +112,7 @@ def convolve(
     packed_in: bool = False,
     packed_out: bool = False,
     shared: int = 1,
+    groups: Groups = AS_THEY_ARE,
     flag: Any = CONV_FLAG,
     configuration: Tile | None = None,
 ) -> Tensor:
@@ -104,7 +120,7 @@ def convolve(
 
     Args:
         x: Images (N, C, H, W), channels dense.
-        weight: (K, C, R, S), any strides; fast if dense along K or C.
+        weight: (K, C, R, S), any strides; fast if dense along K or C. Or blocks (ceil(K / B), C, R, S, B), contiguous.
         bias: (K,), or None.
         y: Filled; (N, K, H', W'), channels dense. If packed, from ``packed_like``.
         ins: Which channels of ``x`` and of the weights are multiplied.
@@ -120,26 +136,31 @@ def convolve(
         packed_in: The listed channels of ``x`` lie side by side, with zeros up to the next step. If not, and ``ins``
             has an index, they lie side by side and nothing behind them is read.
         packed_out: Write the listed channels side by side; else each at its place, and zeros elsewhere.
-        shared: Neighbouring samples that share a list.
+        shared: Samples of a group, which share a list.
+        groups: Which these are; neighbours if it does not say.
         flag: Says how float32 numbers are multiplied.
         configuration: A tile; None: the shipped one.
     """
     samples, in_channels, height, width = x.shape
     _, out_channels, out_height, out_width = y.shape
-    pixels = min(shared, samples) * out_height * out_width
+    if groups.order is None:
+        shared = min(shared, samples)
+    pixels = shared * out_height * out_width
     chosen = configuration or tile(pixels, in_channels, out_channels, x.element_size(), outs.counts is not None)
     tiles = triton.cdiv(pixels, chosen.rows) * triton.cdiv(out_channels, chosen.channels)
-    grid = (triton.cdiv(samples, shared) * tiles,)
-    if grid[0] == 0:
+    places = samples if groups.order is None else len(groups.order)
+    if places * tiles == 0:
         return y
+    grid = (triton.cdiv(places, shared) * tiles,)
     assert (x.stride(1) == 1 or in_channels == 1) and (y.stride(1) == 1 or out_channels == 1)
     with torch.cuda.device_of(x):
         kernels.ragged_conv_kernel[grid](
-            x, weight, bias, residual, gate, y, ins.indices, ins.counts, outs.indices, outs.counts,
-            samples, min(shared, samples), height, width, in_channels, out_height, out_width, out_channels,
-            x.stride(0), x.stride(2), x.stride(3), *weight.stride(), y.stride(0), y.stride(2), y.stride(3),
-            *weight.shape[2:], *stride, *padding, *dilation, *spread,
+            x, weight, bias, residual, gate, y, ins.indices, ins.counts, outs.indices, outs.counts, *groups,
+            samples, shared, height, width, in_channels, out_height, out_width, out_channels,
+            x.stride(0), x.stride(2), x.stride(3), *weight.stride()[:4], y.stride(0), y.stride(2), y.stride(3),
+            *weight.shape[2:4], *stride, *padding, *dilation, *spread,
             MIRRORED=mirrored, RELU=relu, PACKED_IN=packed_in, PACKED_OUT=packed_out, PRECISION=_precision(x, flag),
+            BLOCK=weight.shape[4] if weight.ndim == 5 else 1,
             ROWS=chosen.rows, CHANNELS=chosen.channels, DEPTH=chosen.depth,
             num_warps=chosen.warps, num_stages=chosen.pipeline(ins.indices is not None),
         )  # fmt: skip
