@@ -154,7 +154,8 @@ def check_same(name: str, got: Tensor, want: Tensor) -> None:
     Raises:
         RuntimeError: If it does.
     """
-    tolerance = 1e-4 if got.dtype in (torch.float32, torch.float64) else 3e-2
+    is_wide = all(tensor.dtype in (torch.float32, torch.float64) for tensor in (got, want))
+    tolerance = 1e-4 if is_wide else 3e-2
     error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(torch.finfo(torch.float32).tiny)
     if got.shape != want.shape or not error <= tolerance:
         raise RuntimeError(f"{name} must compute what it is compared with, got a relative error of {float(error):.2g}")
