@@ -35,6 +35,7 @@ def run_demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
     """
     console = Console()
     config = make_config(RECIPE, seed=seed)
+    assert isinstance(config, TrainConfig)
     train_run(config, out, resume=RunFolder(out).config_file.exists())
     console.print("Evaluating …")
     results = evaluate_run(out, measures=MEASURES)

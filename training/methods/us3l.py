@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -163,7 +164,8 @@ class US3L(pl.LightningModule):
 
     def _crosswise(self, name: str, predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """The mean over the views of the loss between each and the target of the other."""
-        loss = {"relative": nt_xent, "absolute": negative_cosine, "keys": info_nce}[name]
+        losses: dict[str, Any] = {"relative": nt_xent, "absolute": negative_cosine, "keys": info_nce}
+        loss = losses[name]
         extra = () if name == "absolute" else (self.config.temperature,)
         return (loss(predictions[0], targets[1], *extra) + loss(predictions[1], targets[0], *extra)) / 2
 
