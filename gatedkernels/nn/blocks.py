@@ -10,7 +10,8 @@ from gatedkernels.nn.fold import fold_norm, is_foldable
 from gatedkernels.nn.gate import ChannelGate, Gate
 from gatedkernels.nn.gated_conv import GatedConv2d
 from gatedkernels.nn.masks import spread
-from gatedkernels.ops import gated_block, gated_conv2d
+from gatedkernels.ops.gated_block.op import gated_block
+from gatedkernels.ops.gated_conv2d.op import gated_conv2d
 
 Branch = Literal["gated", "dense"]
 

@@ -6,7 +6,7 @@ from gatedkernels.nn.costs import ConvCost, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm, is_foldable
 from gatedkernels.nn.gate import ChannelGate, Gate
 from gatedkernels.nn.masks import check_group, check_mask, spread
-from gatedkernels.ops import gated_conv2d
+from gatedkernels.ops.gated_conv2d.op import gated_conv2d
 
 # Activations that map zero to zero, so that what the convolution left closed stays closed.
 KEEPS_ZERO = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.ELU, nn.Identity)

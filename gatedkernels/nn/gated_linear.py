@@ -8,7 +8,7 @@ from gatedkernels.nn.costs import ConvCost
 from gatedkernels.nn.gate import ChannelGate, Gate
 from gatedkernels.nn.gated_conv import KEEPS_ZERO
 from gatedkernels.nn.masks import check_group, check_mask
-from gatedkernels.ops import gated_linear
+from gatedkernels.ops.gated_linear.op import gated_linear
 
 
 class GatedLinear(nn.Linear):

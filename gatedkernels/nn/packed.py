@@ -19,7 +19,8 @@ from gatedkernels.nn.gated_conv import GatedConv2d
 from gatedkernels.nn.masks import check_mask, spread
 from gatedkernels.nn.pages import on_large_pages
 from gatedkernels.nn.slimmable_blocks import SlimmableBasicBlock, SlimmableBottleneck, SlimmableResidual
-from gatedkernels.ops import gated_block, gated_conv2d
+from gatedkernels.ops.gated_block.op import gated_block
+from gatedkernels.ops.gated_conv2d.op import gated_conv2d
 from gatedkernels.ops.packed import (
     pack_blocks,
     pack_rows,

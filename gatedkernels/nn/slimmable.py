@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
-from gatedkernels.ops import sliced_conv2d, sliced_linear
+from gatedkernels.ops.sliced_conv2d.op import sliced_conv2d
+from gatedkernels.ops.sliced_linear.op import sliced_linear
 
 
 def make_divisible(value: float, divisor: int = 8, least: int = 1) -> int:

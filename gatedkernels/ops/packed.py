@@ -197,7 +197,7 @@ def block_on_gpu(
 def _shortcut_on_gpu(x: Tensor, weight: Tensor, bias: Tensor, *options: Any, relu: bool) -> Tensor:
     """A shortcut likewise. Its definition would lay the blocks out anew at each call."""
     if policy.triton_problem(x) is not None:
-        return _packed_conv2d(x, weight, bias, *options, relu)
+        return DEFINITIONS["packed_conv2d"](x, weight, bias, *options, relu)
     from gatedkernels.ops.ragged import gated
 
     return gated.packed_shortcut(x, weight, bias, options[-1])
@@ -205,7 +205,8 @@ def _shortcut_on_gpu(x: Tensor, weight: Tensor, bias: Tensor, *options: Any, rel
 
 def residual_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``packed_residual`` likewise: the gate is PyTorch's."""
-    return _packed_residual(*arguments, _shortcut_on_gpu, block_on_gpu)
+    y, decided = DEFINITIONS["packed_residual"](*arguments, _shortcut_on_gpu, block_on_gpu)
+    return y, decided
 
 
 _ON_GPU: dict[str, Callable[..., Any]] = {
