@@ -182,7 +182,7 @@ INDEX, COUNT = torch.arange(4, dtype=torch.int32).repeat(2, 1), torch.full((2,),
         ({"count": None}, TypeError, "count must be an int32 tensor, got NoneType"),
         ({"packed": PACKED[..., :1]}, ValueError, r"x must be at least as large as the window \(3, 3\)"),
         ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of auto, reference, cpu for this operation"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, reference, cpu, triton for this operation"),
     ],
 )
 def test_errors(change: dict[str, Any], error: type[Exception], message: str):

@@ -159,7 +159,7 @@ INDEX, COUNT = torch.arange(6, dtype=torch.int32).repeat(2, 1), torch.full((2,),
         ({"count": COUNT.float()}, TypeError, r"count must be an int32 tensor, got torch\.float32"),
         ({"x": X[..., :1]}, ValueError, r"x must be at least as large as the window \(3, 3\)"),
         ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
-        ({"backend": "dense"}, ValueError, "backend must be one of auto, reference, cpu for this operation"),
+        ({"backend": "dense"}, ValueError, "backend must be one of auto, reference, cpu, triton for this operation"),
         ({"backend": "best"}, ValueError, "backend must be one of .*, got 'best'"),
     ],
 )
