@@ -323,7 +323,7 @@ W1, B1, W2, B2 = torch.zeros(6, 4, 3, 3), torch.zeros(6), torch.zeros(3, 6, 3, 3
         ({"stride": 2}, ValueError, r"residual must have shape \(2, 3, 3, 3\), got \(2, 3, 5, 5\)"),
         ({"residual": RESIDUAL.half()}, TypeError, "residual must have the dtype of x"),
         ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of auto, reference, dense, cpu, triton for this operation"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, reference, dense, cpu, triton for this"),
         ({"backend": "tpu"}, ValueError, "backend must be one of .*, got 'tpu'"),
     ],
 )
