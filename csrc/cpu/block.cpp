@@ -204,11 +204,6 @@ class Block {
                  mine.scratch);
   }
 
-  static uint64_t next_call() {
-    static std::atomic<uint64_t> calls{0};
-    return ++calls;
-  }
-
   const Plan& plan_;
   int64_t N_, hidden_;
   TileGrid grid1_, grid2_;
@@ -222,7 +217,7 @@ class Block {
   std::vector<uint8_t> tiled1_, tiled2_;  // whether a sample's convolution is computed on tiles
   Tensor memory_;
   float* planes_;
-  const uint64_t call_ = next_call();
+  const uint64_t call_ = ThreadTiles::next_call();
 };
 
 // kept: where the hidden activation's planes go, (N, hidden, pitch), if anybody wants them.
@@ -257,8 +252,9 @@ Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& 
   STD_TORCH_CHECK(weight1.size(1) == 3 && weight1.size(3) == C, "weight1 is packed as (M, 3, 3, C)");
   STD_TORCH_CHECK(weight2.size(0) == ceil_div(out, kBlock) && weight2.size(1) == hidden && weight2.size(2) == 3,
                   "weight2 is packed as (K / 32, M, 3, 3, 32)");
-  STD_TORCH_CHECK(!tiles1 || (tiles1->is_contiguous() && tiles1->numel() == hidden * (16 * C + 16)),
-                  "tiles1 is packed as (M, 16 C + 16)");
+  const int64_t line = 64 / x.element_size();  // behind each row of transformed weights
+  STD_TORCH_CHECK(!tiles1 || (tiles1->is_contiguous() && tiles1->numel() == hidden * (16 * C + line)),
+                  "tiles1 is packed as (M, 16 C + 64 bytes)");
   STD_TORCH_CHECK(!tiles2 || (tiles2->is_contiguous() && tiles2->numel() == ceil_div(out, kBlock) * 4 * hidden * kTileRow),
                   "tiles2 is packed as (K / 32, 4, M, 4 * 32)");
   STD_TORCH_CHECK(mask.size(0) == x.size(0) && mask.size(1) == hidden, "mask has shape (N, M)");
@@ -266,21 +262,19 @@ Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& 
   STD_TORCH_CHECK(!residual || (residual->size(0) == x.size(0) && residual->size(1) == out &&
                                 residual->size(2) == size.OH && residual->size(3) == size.OW),
                   "the residual has the shape of the result");
+  STD_TORCH_CHECK(!shortcut_weight ||
+                      (shortcut_weight->is_contiguous() && shortcut_weight->dim() == 5 &&
+                       shortcut_weight->size(0) == ceil_div(out, kBlock) && shortcut_weight->size(1) == C &&
+                       shortcut_weight->size(2) == 1 && shortcut_bias->is_contiguous() && shortcut_bias->size(0) == out),
+                  "the shortcut's weight is packed as (K / 32, C, 1, 1, 32)");
   if (x.scalar_type() == ScalarType::BFloat16) {
-    const MaybeTensor skip = shortcut_weight ? MaybeTensor(packed_conv2d(x, *shortcut_weight, *shortcut_bias,
-                                                                         std::nullopt, std::nullopt, std::nullopt, out,
-                                                                         stride, false))
-                                             : residual;
-    return packed_block_bf16(x, weight1, bias1, weight2, bias2, mask, skip, stride);
+    return block_and_shortcut_bf16(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, shortcut_weight,
+                                   shortcut_bias, stride);
   }
   check_float(x, 4), check_float(weight1, 4), check_float(weight2, 5);
   const Weights weights1{floats(weight1), floats(tiles1), floats(bias1)};
   const Weights weights2{floats(weight2), floats(tiles2), floats(bias2)};
   if (!shortcut_weight) return run_block(x, weights1, weights2, hidden, out, Plan(mask), residual, stride);
-  STD_TORCH_CHECK(shortcut_weight->is_contiguous() && shortcut_weight->dim() == 5 &&
-                      shortcut_weight->size(0) == ceil_div(out, kBlock) && shortcut_weight->size(1) == C &&
-                      shortcut_weight->size(2) == 1 && shortcut_bias->is_contiguous() && shortcut_bias->size(0) == out,
-                  "the shortcut's weight is packed as (K / 32, C, 1, 1, 32)");
   Tensor skip = empty({x.size(0), out, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
   const Shortcut shortcut{floats(*shortcut_weight), floats(*shortcut_bias), skip.mutable_data_ptr<float>()};
   return run_block(x, weights1, weights2, hidden, out, Plan(mask), std::nullopt, stride, std::nullopt, &shortcut);

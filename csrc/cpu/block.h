@@ -16,8 +16,10 @@ Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& 
                           const MaybeTensor& residual, const MaybeTensor& shortcut_weight,
                           const MaybeTensor& shortcut_bias, int64_t stride);
 
-// packed_block for bfloat16 alone; shapes are checked already.
-Tensor packed_block_bf16(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
-                         const Tensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride);
+// block_and_shortcut for bfloat16 alone; shapes are checked already.
+Tensor block_and_shortcut_bf16(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
+                               const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2,
+                               const Tensor& mask, const MaybeTensor& residual, const MaybeTensor& shortcut_weight,
+                               const MaybeTensor& shortcut_bias, int64_t stride);
 
 }  // namespace gatedkernels

@@ -4,14 +4,15 @@
 #include <memory>
 
 #include "block.h"
+#include "conv.h"
 #include "queue.h"
-#include "tensors.h"
+#include "strips.h"
 
 namespace gatedkernels {
 namespace {
 
-constexpr int64_t kCacheBytes = 1 << 19;  // weights that stay in a core's second-level cache while samples pass by
-constexpr double kSpeedUp = 2;  // over float32, whose operations the queue counts in
+constexpr int64_t kCacheBytes = 1 << 19;  // weights, or components, that stay in a core's second-level cache
+constexpr double kSpeedUp = 2;            // over float32, whose operations the queue counts in
 
 // The planes of a sample's active channels, two in each, and where every sample's begin.
 struct PairPlanes {
@@ -32,103 +33,235 @@ struct PairPlanes {
   }
 };
 
-// What there is to do, cut into items; as in block.cpp, but that pairs of active channels stay together.
-Queue cut(const OutConvOf<Bf16>& conv1, const InConvOf<Bf16>& conv2, const Plan& plan, int64_t together) {
-  const int64_t N = plan.samples, hidden = conv2.C, blocks = ceil_div(conv2.K, kBlock);
-  // Weights that exceed the cache are walked in slices, and a group of samples passes by each of them.
-  const int64_t filter_bytes = 9 * conv1.C * static_cast<int64_t>(sizeof(Bf16));
-  const int64_t image_bytes = int64_t{conv1.C} * conv1.size.H * conv1.size.W * static_cast<int64_t>(sizeof(Bf16));
-  const bool sliced = hidden * filter_bytes > 2 * kCacheBytes, whole = hidden * filter_bytes > image_bytes;
-  const int64_t slice = sliced ? std::max<int64_t>(kCacheBytes / filter_bytes, 8) : hidden;
-  const int64_t group = sliced ? 16 : threads();
-  const double row1 = 18.0 * conv1.C * conv1.size.OW / kSpeedUp, row2 = 18.0 * kBlock * conv2.size.OW / kSpeedUp;
-  double operations = 0;
-  for (int64_t n = 0; n < N; ++n) {
-    operations += plan.count[n] * conv1.size.OH * (row1 + row2 * static_cast<double>(blocks));
-  }
-  Queue queue(N, conv1.size.OH, operations);
-  for (int64_t begin = 0; begin < N; begin += group) {
-    const int64_t end = std::min(begin + group, N);
-    for (int64_t c = 0; c < hidden; c += slice) {
-      for (int64_t n = begin; n < end; ++n) {
-        const int32_t *list = plan.list(n), *last = list + plan.count[n];
-        auto position = [&](int64_t channel) {
-          return channel < hidden ? (std::lower_bound(list, last, channel) - list) / 2 * 2 : plan.count[n];
-        };
-        queue.add_rows(n, Stage::out_rows, position(c), position(c + slice), together, row1, whole);
-      }
-    }
-    for (int64_t block = 0; block < blocks; block += sliced ? 1 : blocks) {
-      for (int64_t n = begin; n < end; ++n) {
-        queue.add_rows(n, Stage::in_rows, block, sliced ? block + 1 : blocks, 1, row2 * std::max(plan.count[n], 1),
-                       whole);
-      }
-    }
-  }
-  return queue;
+// When tiles pay, as in strips.h: there are half as many products, and as much to transform.
+bool out_pairs_pay(const TileGrid& grid, int32_t count) {
+  constexpr int kTransformRow = 120, kSplitTile = 3;
+  const int64_t lanes = ceil_div(grid.tiles(), 4) * 4;
+  const double transform = static_cast<double>(kTransformRow * grid.rows * ceil_div(grid.columns, 16)) +
+                           static_cast<double>(kSplitTile * grid.tiles());
+  return grid.size.stride == 1 && grid.tiles() >= kLeastTiles &&
+         static_cast<double>(count * lanes) + transform < count * taps_inside(grid.size) / 16;
 }
 
-Tensor run_block(const Bf16Kernels& run, const Tensor& given_x, const Tensor& weight1, const Tensor& bias1,
-                 const Tensor& weight2, const Tensor& bias2, const Plan& plan, const MaybeTensor& given_residual,
-                 int64_t stride) {
-  const Tensor x = channels_last(given_x);
-  const MaybeTensor residual = given_residual ? MaybeTensor(channels_last(*given_residual)) : given_residual;
-  const Geometry size1 = geometry(x, 3, stride);
-  const int64_t N = x.size(0), C = x.size(1), K = bias2.size(0), pixels = int64_t{size1.OH} * size1.OW;
-  Geometry size2 = size1;
-  size2.H = size1.OH, size2.W = size1.OW, size2.stride = 1;
-  Tensor y = empty({N, K, size1.OH, size1.OW}, ScalarType::BFloat16, MemoryFormat::ChannelsLast);
-  if (y.numel() == 0) return y;
+bool in_pairs_pay(const TileGrid& grid, int32_t count) {
+  constexpr int kFinish = 90;
+  return grid.size.stride == 1 && grid.tiles() >= kLeastTiles &&
+         (8.0 * count + kFinish) * grid.tiles() < count * taps_inside(grid.size) / 2;
+}
 
-  PairPlanes planes(plan, pixels);
-  OutConvOf<Bf16> conv1{size1, static_cast<int>(C), bf16s(weight1), bf16s(bias1), planes.pitch, true};
-  InConvOf<Bf16> conv2;
-  conv2.size = size2, conv2.C = static_cast<int>(plan.channels), conv2.K = static_cast<int>(K);
-  conv2.weight = bf16s(weight2), conv2.bias = bf16s(bias2);
-  conv2.channel_step = planes.pitch, conv2.row_step = 2 * size2.W, conv2.pixel_step = 2;
-  conv2.gathered = false, conv2.relu = true;
-  // Threads take turns in the queue: what comes after the own item is that of another thread.
-  if (N == 1) conv1.turns = conv2.turns = static_cast<int>(threads());
-  const Queue queue = cut(conv1, conv2, plan, run.channels_together(size1.OW));
-  auto left = std::make_unique<std::atomic<int32_t>[]>(N);
-  for (int64_t n = 0; n < N; ++n) left[n].store(queue.pending[n], std::memory_order_relaxed);
+// Tensors as the operators take them, checked.
+struct Given {
+  const Tensor &x, &weight1, &bias1, &weight2, &bias2;
+  const MaybeTensor &tiles1, &tiles2, &residual, &shortcut_weight, &shortcut_bias;
+};
 
-  const Bf16* in = bf16s(x);
-  const Bf16* skip = bf16s(residual);
-  Bf16* out = static_cast<Bf16*>(y.mutable_data_ptr());
-  in_order(static_cast<int64_t>(queue.items.size()), [&](int64_t at) {
-    const Item& item = queue.items[at];
+class PairBlock {
+ public:
+  PairBlock(const Bf16Kernels& run, const Given& given, const Tensor& x, const MaybeTensor& residual, Tensor& y,
+            const Plan& plan, int64_t stride)
+      : run_(run),
+        plan_(plan),
+        N_(x.size(0)),
+        hidden_(plan.channels),
+        grid1_(geometry(x, 3, stride)),
+        grid2_(geometry(y, 3, 1)),
+        strips1_(grid1_, N_, std::max<int64_t>(kCacheBytes / (32 * x.size(1)) / 16 * 16, 16)),
+        strips2_(grid2_, N_, 64),
+        x_(bf16s(x)),
+        residual_(bf16s(residual)),
+        y_(static_cast<Bf16*>(y.mutable_data_ptr())),
+        planes_(plan, y.size(2) * y.size(3)),
+        tiled1_(N_),
+        tiled2_(N_) {
+    conv1_ = {grid1_.size, static_cast<int>(x.size(1)), bf16s(given.weight1), bf16s(given.bias1), planes_.pitch, true};
+    conv2_.size = grid2_.size, conv2_.C = static_cast<int>(hidden_), conv2_.K = static_cast<int>(y.size(1));
+    conv2_.weight = bf16s(given.weight2), conv2_.bias = bf16s(given.bias2);
+    conv2_.channel_step = planes_.pitch, conv2_.row_step = 2 * y.size(3), conv2_.pixel_step = 2;
+    conv2_.gathered = false, conv2_.relu = true;
+    // Threads take turns in the queue: what comes after the own item is that of another thread.
+    if (N_ == 1) conv1_.turns = conv2_.turns = static_cast<int>(threads());
+    tiles1_ = conv1_, tiles1_.weight = bf16s(given.tiles1);
+    tiles2_ = conv2_, tiles2_.weight = bf16s(given.tiles2);
+    for (int64_t n = 0; n < N_; ++n) {
+      tiled1_[n] = tiles1_.weight && conv1_.C % 2 == 0 && out_pairs_pay(grid1_, plan.count[n]);
+      tiled2_[n] = tiles2_.weight && in_pairs_pay(grid2_, plan.count[n]);
+    }
+    if (given.shortcut_weight) add_shortcut(given, x, y, stride);
+  }
+
+  void run() {
+    const Queue queue = cut();
+    const auto left = std::make_unique<std::atomic<int32_t>[]>(N_);  // items before conv2, for every sample
+    for (int64_t n = 0; n < N_; ++n) left[n].store(queue.pending[n], std::memory_order_relaxed);
+    in_order(static_cast<int64_t>(queue.items.size()), [&](int64_t at) {
+      const Item& item = queue.items[at];
+      std::atomic<int32_t>& mine = left[item.sample];
+      if (before_conv2(item.stage)) {
+        item.stage == Stage::shortcut ? run_shortcut(item) : run_conv1(item);
+        mine.fetch_sub(1, std::memory_order_release);
+      } else {
+        wait_until([&] { return mine.load(std::memory_order_acquire) == 0; });
+        run_conv2(item);
+      }
+    });
+  }
+
+ private:
+  void add_shortcut(const Given& given, const Tensor& x, const Tensor& y, int64_t stride) {
+    shortcut_.size = geometry(x, 1, stride), shortcut_.C = conv1_.C, shortcut_.K = conv2_.K;
+    shortcut_.weight = bf16s(given.shortcut_weight), shortcut_.bias = bf16s(given.shortcut_bias);
+    shortcut_.channel_step = 2, shortcut_.pixel_step = conv1_.C;
+    shortcut_.row_step = int64_t{conv1_.size.W} * conv1_.C;
+    shortcut_.gathered = shortcut_.relu = false;
+    skip_memory_ = empty({N_, y.size(1), y.size(2), y.size(3)}, ScalarType::BFloat16);
+    residual_ = skip_ = static_cast<Bf16*>(skip_memory_->mutable_data_ptr());
+  }
+
+  // As in block.cpp, but that pairs of active channels stay together.
+  Queue cut() const {
+    const int64_t blocks = ceil_div(conv2_.K, kBlock);
+    // Weights that exceed the cache are walked in slices, and a group of samples passes by each of them.
+    const int64_t filter_bytes = 9 * conv1_.C * static_cast<int64_t>(sizeof(Bf16));
+    const int64_t image_bytes = int64_t{conv1_.C} * conv1_.size.H * conv1_.size.W * static_cast<int64_t>(sizeof(Bf16));
+    const bool sliced = hidden_ * filter_bytes > 2 * kCacheBytes, whole = hidden_ * filter_bytes > image_bytes;
+    const int64_t slice = sliced ? std::max<int64_t>(kCacheBytes / filter_bytes, 8) : hidden_;
+    const int64_t group = sliced ? 16 : threads(), together = run_.channels_together(conv1_.size.OW);
+    const double row1 = 18.0 * conv1_.C * conv1_.size.OW / kSpeedUp, row2 = 18.0 * kBlock * conv2_.size.OW / kSpeedUp;
+    double operations = 0;
+    for (int64_t n = 0; n < N_; ++n) {
+      operations += plan_.count[n] * conv1_.size.OH * (row1 + row2 * static_cast<double>(blocks));
+    }
+    Queue queue(N_, conv1_.size.OH, operations);
+    for (int64_t begin = 0; begin < N_; begin += group) {
+      const int64_t end = std::min(begin + group, N_);
+      for (int64_t n = begin; n < end && skip_; ++n) {
+        queue.add_rows(n, Stage::shortcut, 0, blocks, 1, row2 * static_cast<double>(conv1_.C) / 9, whole);
+      }
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t pairs = ceil_div(plan_.count[n], 2);
+        for (int i = 0; i < strips1_.count && tiled1_[n]; ++i) {
+          queue.add_tiles(n, Stage::out_tiles, pairs, strips1_.parts(pairs, 4), strips1_.at(i));
+        }
+      }
+      for (int64_t c = 0; c < hidden_; c += slice) {
+        for (int64_t n = begin; n < end; ++n) {
+          if (tiled1_[n]) continue;
+          const int32_t *list = plan_.list(n), *last = list + plan_.count[n];
+          auto position = [&](int64_t channel) {
+            return channel < hidden_ ? (std::lower_bound(list, last, channel) - list) / 2 * 2 : plan_.count[n];
+          };
+          queue.add_rows(n, Stage::out_rows, position(c), position(c + slice), together, row1, whole);
+        }
+      }
+      for (int64_t n = begin; n < end; ++n) {
+        for (int i = 0; i < strips2_.count && tiled2_[n]; ++i) {
+          queue.add_tiles(n, Stage::in_tiles, blocks, strips2_.parts(blocks, 1), strips2_.at(i));
+        }
+      }
+      for (int64_t block = 0; block < blocks; block += sliced ? 1 : blocks) {
+        for (int64_t n = begin; n < end; ++n) {
+          if (tiled2_[n]) continue;
+          queue.add_rows(n, Stage::in_rows, block, sliced ? block + 1 : blocks, 1, row2 * std::max(plan_.count[n], 1),
+                         whole);
+        }
+      }
+    }
+    return queue;
+  }
+
+  const Bf16* image(int64_t n) const { return x_ + n * conv1_.size.H * conv1_.size.W * conv1_.C; }
+
+  void run_shortcut(const Item& item) const {
+    run_.in_rows(shortcut_, image(item.sample), nullptr, shortcut_.C, item.from, item.to, item.begin, item.end, nullptr,
+                 skip_ + item.sample * conv2_.size.H * conv2_.size.W * conv2_.K);
+  }
+
+  void run_conv1(const Item& item) {
     const int64_t n = item.sample;
-    const int32_t* channels = plan.list(n);
-    if (before_conv2(item.stage)) {
-      run.out_rows(conv1, in + n * size1.H * size1.W * C, channels + item.from, item.to - item.from,
-                   plan.count[n] - item.from, item.begin, item.end, planes.of(n) + item.from / 2 * planes.pitch);
-      left[n].fetch_sub(1, std::memory_order_release);
+    const int32_t count = plan_.count[n];
+    if (item.stage == Stage::out_rows) {
+      run_.out_rows(conv1_, image(n), plan_.list(n) + item.from, item.to - item.from, count - item.from, item.begin,
+                    item.end, planes_.of(n) + item.from / 2 * planes_.pitch);
       return;
     }
-    wait_until([&] { return left[n].load(std::memory_order_acquire) == 0; });
-    const int64_t image = n * pixels * K;
-    run.in_rows(conv2, planes.of(n), channels, plan.count[n], item.from, item.to, item.begin, item.end,
-                skip ? skip + image : nullptr, out + image);
-  });
-  return y;
+    const Strip strip{item.begin, item.end};
+    const int64_t pairs = conv1_.C / 2;
+    ThreadTiles& mine = ThreadTiles::mine();
+    mine.reserve(Components::floats(pairs, strips1_.widest()), tile_scratch(grid1_, strips1_.widest()));
+    const Components components(mine.components, pairs, strip.tiles());
+    if (mine.lacks(call_, item.stage, item.sample, strip)) {
+      run_.image_tiles(grid1_, strip, image(n), conv1_.C, components, mine.scratch);
+    }
+    const int32_t from = 2 * item.from, to = std::min(2 * item.to, count);
+    run_.out_tiles(tiles1_, grid1_, strip, components, plan_.list(n) + from, to - from, count - from,
+                   planes_.of(n) + item.from * planes_.pitch, mine.scratch);
+  }
+
+  void run_conv2(const Item& item) {
+    const int64_t n = item.sample, at = n * conv2_.size.H * conv2_.size.W * conv2_.K;
+    const int32_t *channels = plan_.list(n), count = plan_.count[n];
+    const Bf16* residual = residual_ ? residual_ + at : nullptr;
+    if (item.stage == Stage::in_rows) {
+      run_.in_rows(conv2_, planes_.of(n), channels, count, item.from, item.to, item.begin, item.end, residual, y_ + at);
+      return;
+    }
+    const Strip strip{item.begin, item.end};
+    const int32_t pairs = (count + 1) / 2;
+    ThreadTiles& mine = ThreadTiles::mine();
+    mine.reserve(Components::floats((hidden_ + 1) / 2, strips2_.widest()), tile_scratch(grid2_, strips2_.widest()));
+    const Components components(mine.components, pairs, strip.tiles());
+    if (mine.lacks(call_, item.stage, item.sample, strip)) {
+      run_.plane_tiles(grid2_, strip, planes_.of(n), planes_.pitch, pairs, components, mine.scratch);
+    }
+    run_.in_tiles(tiles2_, grid2_, strip, components, channels, count, item.from, item.to, residual, y_ + at,
+                  mine.scratch);
+  }
+
+  const Bf16Kernels& run_;
+  const Plan& plan_;
+  int64_t N_, hidden_;
+  TileGrid grid1_, grid2_;
+  Strips strips1_, strips2_;
+  const Bf16 *x_, *residual_;
+  Bf16 *y_, *skip_ = nullptr;  // what the shortcut writes, if there is one
+  PairPlanes planes_;
+  OutConvOf<Bf16> conv1_, tiles1_;  // the same convolution, with weights for rows and for tiles
+  InConvOf<Bf16> conv2_, tiles2_, shortcut_;
+  MaybeTensor skip_memory_;
+  std::vector<uint8_t> tiled1_, tiled2_;  // whether a sample's convolution is computed on tiles
+  const uint64_t call_ = ThreadTiles::next_call();
+};
+
+Tensor in_float32(const Given& given, const Tensor& mask, int64_t stride) {
+  auto wide = [](const Tensor& t) { return converted(t, ScalarType::Float); };
+  auto maybe = [&](const MaybeTensor& t) { return t ? MaybeTensor(wide(*t)) : t; };
+  return converted(block_and_shortcut(wide(given.x), wide(given.weight1), wide(given.bias1), wide(given.weight2),
+                                      wide(given.bias2), std::nullopt, std::nullopt, mask, maybe(given.residual),
+                                      maybe(given.shortcut_weight), maybe(given.shortcut_bias), stride),
+                   ScalarType::BFloat16);
 }
 
 }  // namespace
 
-Tensor packed_block_bf16(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
-                         const Tensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride) {
-  for (const Tensor& t : {x, weight1, bias1, weight2, bias2, residual.value_or(x)}) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16 && t.is_cpu(), "x, weights and residual share a dtype");
+Tensor block_and_shortcut_bf16(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
+                               const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2,
+                               const Tensor& mask, const MaybeTensor& residual, const MaybeTensor& shortcut_weight,
+                               const MaybeTensor& shortcut_bias, int64_t stride) {
+  const Given given{x, weight1, bias1, weight2, bias2, tiles1, tiles2, residual, shortcut_weight, shortcut_bias};
+  for (const MaybeTensor& t : {MaybeTensor(x), MaybeTensor(weight1), MaybeTensor(bias1), MaybeTensor(weight2),
+                               MaybeTensor(bias2), tiles1, tiles2, residual, shortcut_weight, shortcut_bias}) {
+    STD_TORCH_CHECK(!t || (t->scalar_type() == ScalarType::BFloat16 && t->is_cpu()),
+                    "x, weights and residual share a dtype");
   }
-  if (const Bf16Kernels* run = bf16_kernels()) {
-    return run_block(*run, x, weight1, bias1, weight2, bias2, Plan(mask), residual, stride);
-  }
-  auto wide = [](const Tensor& t) { return converted(t, ScalarType::Float); };
-  const MaybeTensor skip = residual ? MaybeTensor(wide(*residual)) : residual;
-  return converted(packed_block(wide(x), wide(weight1), wide(bias1), wide(weight2), wide(bias2), std::nullopt, std::nullopt, mask,
-                                skip, stride),
-                   ScalarType::BFloat16);
+  const Bf16Kernels* run = bf16_kernels();
+  if (!run || (shortcut_weight && x.size(1) % 2)) return in_float32(given, mask, stride);
+  const Plan plan(mask);
+  const Tensor images = channels_last(x);
+  const MaybeTensor skip = residual ? MaybeTensor(channels_last(*residual)) : residual;
+  const Geometry size = geometry(x, 3, stride);
+  Tensor y = empty({x.size(0), bias2.size(0), size.OH, size.OW}, ScalarType::BFloat16, MemoryFormat::ChannelsLast);
+  if (y.numel()) PairBlock(*run, given, images, skip, y, plan, stride).run();
+  return y;
 }
 
 }  // namespace gatedkernels

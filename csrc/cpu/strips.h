@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -75,6 +76,12 @@ class ThreadTiles {
   static ThreadTiles& mine() {
     thread_local ThreadTiles tiles;
     return tiles;
+  }
+
+  // What a call is known by to its threads.
+  static uint64_t next_call() {
+    static std::atomic<uint64_t> calls{0};
+    return ++calls;
   }
 
   void reserve(int64_t component_floats, int64_t scratch_floats) {

@@ -262,7 +262,7 @@ class PackedBasicBlock(PackedResidual):
         norm1, norm2 = block.norms(branch)
         weight1, bias1 = fold_norm(block.conv1.weight, None, norm1)
         weight2, bias2 = fold_norm(block.conv2.weight, None, norm2)
-        has_tiles = weight1.dtype == torch.float32
+        has_tiles = weight1.dtype in _NATIVE
         self._keep(
             weight1=pack_rows(weight1),
             bias1=bias1,

@@ -49,7 +49,7 @@ def unpack_blocks(blocks: Tensor, out_channels: int) -> Tensor:
 # Filters to components; pixels to components and components to pixels are in csrc/include/cpu/tiles.h.
 _TO_TILES = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 _LEAST_TILES = 9  # as in csrc/cpu/strips.h
-_ROW_PADDING = 16  # floats at the end of each row, which keep rows out of each other's cache sets
+_ROW_PADDING = 64  # bytes at the end of each row, which keep rows out of each other's cache sets
 
 
 def pack_stem(weight: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def _tiles(weight: Tensor) -> Tensor:
 
 def pack_tile_rows(weight: Tensor) -> Tensor:
     """Filters (K, C, 3, 3) as rows of components."""
-    return pad(_tiles(weight).transpose(1, 2).flatten(1), (0, _ROW_PADDING))
+    return pad(_tiles(weight).transpose(1, 2).flatten(1), (0, _ROW_PADDING // weight.element_size()))
 
 
 def pack_tile_blocks(weight: Tensor) -> Tensor:

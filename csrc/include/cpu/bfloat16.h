@@ -108,6 +108,13 @@ struct BFloat16 {
     }
   }
 
+  static GK_INLINE float widened(Bf16 value) {
+    const uint32_t bits = uint32_t{value.bits} << 16;
+    float wide;
+    __builtin_memcpy(&wide, &bits, sizeof wide);
+    return wide;
+  }
+
  private:
   // The sums over each half of four vectors: those of the lower halves, then those of the upper ones.
   static GK_INLINE Vector<8> quarters(Vector<8> a, Vector<8> b, Vector<8> c, Vector<8> d) {
@@ -117,13 +124,6 @@ struct BFloat16 {
                          __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
     return __builtin_shufflevector(ab, cd, 0, 2, 8, 10, 4, 6, 12, 14) +
            __builtin_shufflevector(ab, cd, 1, 3, 9, 11, 5, 7, 13, 15);
-  }
-
-  static GK_INLINE float widened(Bf16 value) {
-    const uint32_t bits = uint32_t{value.bits} << 16;
-    float wide;
-    __builtin_memcpy(&wide, &bits, sizeof wide);
-    return wide;
   }
 };
 

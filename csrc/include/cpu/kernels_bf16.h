@@ -19,6 +19,16 @@ struct Bf16Kernels {
   // As in Kernels; x holds planes, channel_step is from pair to pair.
   void (*in_rows)(const InConvOf<Bf16>&, const Bf16* x, const int32_t* channels, int count, int block, int last,
                   int row, int end, const Bf16* residual, Bf16* y);
+  // As in Kernels, all channels of the image or all planes; C is even. Components are pairs of channels, float by float.
+  void (*image_tiles)(const TileGrid&, Strip, const Bf16* x, int64_t C, const Components&, float* scratch);
+  void (*plane_tiles)(const TileGrid&, Strip, const Bf16* planes, int64_t plane, int pairs, const Components&,
+                      float* scratch);
+  // As in Kernels; weights transformed: (K, 16, C) with 32 more numbers at the end of each row, and (K / kBlock, 4, C, 4,
+  // kBlock).
+  void (*out_tiles)(const OutConvOf<Bf16>&, const TileGrid&, Strip, const Components&, const int32_t* channels,
+                    int count, int listed, Bf16* planes, float* scratch);
+  void (*in_tiles)(const InConvOf<Bf16>&, const TileGrid&, Strip, const Components&, const int32_t* channels, int count,
+                   int block, int last, const Bf16* residual, Bf16* y, float* scratch);
   void (*add_pixels)(const Bf16* x, int64_t pixels, int64_t step, int64_t C, float* sum);  // as in Kernels
 };
 

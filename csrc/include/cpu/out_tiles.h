@@ -1,6 +1,8 @@
 // The out-gated kernel on Winograd's components: lanes run along the tiles and every weight is broadcast, so an active
 // output channel is nothing but a pointer to its row of transformed weights.
 // L lanes; a register tile is P vectors of tiles times T output channels.
+//
+// Products say what a lane holds: a number, or a pair of bfloat16 of neighbouring input channels (pair_tiles.h).
 #pragma once
 
 #include "cpu/rows.h"
@@ -8,14 +10,23 @@
 
 namespace gatedkernels {
 
-template <int L>
+struct Products {
+  static constexpr int kPaired = 1;  // output channels that are finished together
+
+  template <int M>
+  static GK_INLINE void add(Vector<M>& sum, Vector<M> a, Vector<M> b) {
+    sum += a * b;
+  }
+};
+
+template <int L, class Product = Products>
 struct OutTiles {
   static constexpr int kMostVectors = L == 16 ? 4 : 3;
   static constexpr int kMostChannels = 9;  // as many pointers as there are registers for
 
   static constexpr int channels_for(int vectors) {
     const int fit = kAccumulators<L> / vectors;
-    return fit < kMostChannels ? fit : kMostChannels;
+    return (fit < kMostChannels ? fit : kMostChannels) / Product::kPaired * Product::kPaired;
   }
 
   static int64_t weight_row(int64_t C) { return 16 * C + 16; }
@@ -46,7 +57,7 @@ struct OutTiles {
           Vector<M> u = broadcast<M>(w[t][c]);
           if constexpr (P > 1) pin(u);
 #pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) sum[p][t] += values[p] * u;
+          for (int p = 0; p < P; ++p) Product::template add<M>(sum[p][t], values[p], u);
         }
       }
 #pragma GCC unroll 16
@@ -87,6 +98,11 @@ struct OutTiles {
         store<L>(lines + i * line + at, y[i]);
       }
     }
+    place(grid, strip, lines, line, plane);
+  }
+
+  // The pixels of one output channel from the four lines of `finish` into its plane.
+  static void place(const TileGrid& grid, Strip strip, const float* lines, int64_t line, float* plane) {
     const Geometry& g = grid.size;
     for_each_row(grid, strip, [&](int row, int column, int count, int at) {
       for (int r = 0; r < 2 && 2 * row + r < g.OH; ++r) {
@@ -111,6 +127,19 @@ struct OutTiles {
 
   static void run(const OutConv& conv, const TileGrid& grid, Strip strip, const Components& v,
                   const int32_t* channels, int count, int listed, float* planes, float* scratch) {
+    float* const lines = scratch + kMostChannels * 16 * v.pitch;
+    multiply_all(conv, strip, v, channels, count, listed, scratch, [&](int j, int many) {
+      for (int t = 0; t < many; ++t) {
+        finish(conv, grid, strip, scratch + t * 16 * v.pitch, v.pitch, conv.bias ? conv.bias[channels[j + t]] : 0.0f,
+               planes + (j + t) * conv.plane, lines);
+      }
+    });
+  }
+
+  // finished(j, many) after the products of listed channels [j, j + many) have come to lie in scratch.
+  template <class Finish>
+  static void multiply_all(const OutConv& conv, Strip strip, const Components& v, const int32_t* channels, int count,
+                           int listed, float* scratch, const Finish& finished) {
     static constexpr std::array<std::array<Multiply, kMostChannels>, 4> kWide = [] {
       std::array<std::array<Multiply, kMostChannels>, 4> table{};
       table[0] = by_channels<L, 1>();
@@ -129,9 +158,10 @@ struct OutTiles {
     const int groups = (vectors + kMostVectors - 1) / kMostVectors;
     const int widest = groups ? (vectors + groups - 1) / groups : 1;
     const int most = channels_for(widest), parts = (count + most - 1) / most;
-    float* const lines = scratch + kMostChannels * 16 * v.pitch;
     for (int part = 0, j = 0; part < parts; ++part) {
-      const int many = (count - j + parts - part - 1) / (parts - part);
+      const int share = (count - j + parts - part - 1) / (parts - part);
+      const int whole = (share + Product::kPaired - 1) / Product::kPaired * Product::kPaired;
+      const int many = whole < count - j ? whole : count - j;
       const float *weight[kMostChannels], *ahead[kMostChannels];
       for (int t = 0; t < many; ++t) weight[t] = conv.weight + channels[j + t] * weight_row(conv.C);
       const int far = j + many < count ? j + many : conv.turns * count;
@@ -149,10 +179,7 @@ struct OutTiles {
         (narrow == 8 ? kHalf : kQuad)[many - 1](weight, next, v.data + done * L, v.pitch, v.step, conv.C,
                                                 scratch + done * L, v.pitch);
       }
-      for (int t = 0; t < many; ++t) {
-        finish(conv, grid, strip, scratch + t * 16 * v.pitch, v.pitch, conv.bias ? conv.bias[channels[j + t]] : 0.0f,
-               planes + (j + t) * conv.plane, lines);
-      }
+      finished(j, many);
       j += many;
     }
   }

@@ -151,10 +151,11 @@ struct Tiles {
   }
 
   // One channel from its split pixels to its row of every component.
+  template <auto kTransformRow>
   static void transform(const Split& from, const TileGrid& grid, Strip strip, const float* split, float* row,
                         int64_t step) {
     for_each_row(grid, strip, [&](int y, int x, int count, int at) {
-      transform_row(split + (y - from.first) * from.pitch + x, from.table, from.pitch, count, row + at, step);
+      kTransformRow(split + (y - from.first) * from.pitch + x, from.table, from.pitch, count, row + at, step);
     });
     const int tiles = strip.tiles(), padded = static_cast<int>(Components::pitch_of(tiles));
     for (int component = 0; component < 16 && tiles < padded; ++component) {
@@ -162,6 +163,8 @@ struct Tiles {
     }
   }
 
+  // Another `kTransformRow` than the usual one may take elements of the same size for something else than floats.
+  template <auto kTransformRow = transform_row>
   static void from_image(const TileGrid& grid, Strip strip, const float* x, int64_t C, int from, int to,
                          const Components& components, float* scratch) {
     const Split split(grid, strip);
@@ -171,17 +174,18 @@ struct Tiles {
       const int valid = to - c < L ? to - c : L;
       split_image(split, offsets, x + c, valid, scratch);
       for (int i = 0; i < valid; ++i) {
-        transform(split, grid, strip, scratch + i * split.channel, components.row(0, c + i), components.step);
+        transform<kTransformRow>(split, grid, strip, scratch + i * split.channel, components.row(0, c + i), components.step);
       }
     }
   }
 
+  template <auto kTransformRow = transform_row>
   static void from_planes(const TileGrid& grid, Strip strip, const float* planes, int64_t plane, int from, int to,
                           const Components& components, float* scratch) {
     const Split split(grid, strip);
     for (int c = from; c < to; ++c) {
       split_plane(split, grid.size, planes + c * plane, scratch);
-      transform(split, grid, strip, scratch, components.row(0, c), components.step);
+      transform<kTransformRow>(split, grid, strip, scratch, components.row(0, c), components.step);
     }
   }
 

@@ -25,9 +25,10 @@ GK_INLINE Vector<L> load(const float* from) {
   return v;
 }
 
-// Out of line: the ends of rows are rare, and a copy in every tile would double the code.
+// Out of line: the ends of rows are rare, and a copy in every tile would double the code. Static: each instruction set
+// has its own.
 template <int L>
-__attribute__((noinline)) Vector<L> load_first(const float* from, int count) {
+static __attribute__((noinline)) Vector<L> load_first(const float* from, int count) {
   Vector<L> v = {};
   for (int i = 0; i < count; ++i) v[i] = from[i];
   return v;
@@ -39,7 +40,7 @@ GK_INLINE void store(float* to, Vector<L> v) {
 }
 
 template <int L>
-__attribute__((noinline)) void store_first(float* to, Vector<L> v, int count) {
+static __attribute__((noinline)) void store_first(float* to, Vector<L> v, int count) {
   for (int i = 0; i < count; ++i) to[i] = v[i];
 }
 
