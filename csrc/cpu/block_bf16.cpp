@@ -11,8 +11,9 @@
 namespace gatedkernels {
 namespace {
 
-constexpr int64_t kCacheBytes = 1 << 19;  // weights, or components, that stay in a core's second-level cache
-constexpr double kSpeedUp = 2;            // over float32, whose operations the queue counts in
+constexpr int64_t kCacheBytes = 1 << 19;        // weights, or components, that stay in a core's second-level cache
+constexpr int64_t kFarBytes = 12 << 20;         // weights that do not stay in the last-level cache, beside others'
+constexpr double kSpeedUp = 2;                  // over float32, whose operations the queue counts in
 
 // The planes of a sample's active channels, two in each, and where every sample's begin.
 struct PairPlanes {
@@ -33,20 +34,30 @@ struct PairPlanes {
   }
 };
 
-// When tiles pay, as in strips.h: there are half as many products, and as much to transform.
-bool out_pairs_pay(const TileGrid& grid, int32_t count) {
-  constexpr int kTransformRow = 120, kSplitTile = 3;
-  const int64_t lanes = ceil_div(grid.tiles(), 4) * 4;
-  const double transform = static_cast<double>(kTransformRow * grid.rows * ceil_div(grid.columns, 16)) +
-                           static_cast<double>(kSplitTile * grid.tiles());
-  return grid.size.stride == 1 && grid.tiles() >= kLeastTiles &&
-         static_cast<double>(count * lanes) + transform < count * taps_inside(grid.size) / 16;
+// When tiles pay, by the cycles of a core that they take (Zen 4: a multiplication of 16 pairs each), and direct kernels.
+
+// To compute a pair of channels' components, which every thread does `redone` times: rows of tiles take vectors of 16, 8
+// or 4, the last two overlapping.
+double transform_cycles(const TileGrid& grid, int64_t redone) {
+  const int vector = grid.columns >= 16 ? 16 : grid.columns >= 8 ? 8 : 4;
+  const double each = vector == 16 ? 120 : vector == 8 ? 75 : 60;
+  return static_cast<double>(redone) *
+         (each * static_cast<double>(grid.rows * ceil_div(grid.columns, vector)) + 2.0 * grid.tiles());
 }
 
-bool in_pairs_pay(const TileGrid& grid, int32_t count) {
-  constexpr int kFinish = 90;
-  return grid.size.stride == 1 && grid.tiles() >= kLeastTiles &&
-         (8.0 * count + kFinish) * grid.tiles() < count * taps_inside(grid.size) / 2;
+bool out_pairs_pay(const TileGrid& grid, int32_t count, int C, int64_t redone) {
+  if (grid.size.stride != 1 || grid.tiles() < kLeastTiles) return false;
+  constexpr double kDirect = 1.1, kFinish = 60.0 / 16;
+  const int over = grid.tiles() % 16, lanes = grid.tiles() - over + (over == 0 ? 0 : over <= 8 ? 8 : 16);
+  const double direct = kDirect * C / 2 * count * taps_inside(grid.size) / 16;
+  return C / 2.0 * (count * lanes + transform_cycles(grid, redone)) + kFinish * count * grid.tiles() < direct;
+}
+
+bool in_pairs_pay(const TileGrid& grid, int32_t count, int K, int64_t redone) {
+  if (grid.tiles() < kLeastTiles) return false;
+  constexpr double kTiles = 1.1, kFinish = 90;
+  const double pairs = count / 2.0, vectors = K / 16.0, direct = vectors * pairs * taps_inside(grid.size);
+  return vectors * (16 * kTiles * pairs + kFinish) * grid.tiles() + pairs * transform_cycles(grid, redone) < direct;
 }
 
 // Tensors as the operators take them, checked.
@@ -82,9 +93,14 @@ class PairBlock {
     if (N_ == 1) conv1_.turns = conv2_.turns = static_cast<int>(threads());
     tiles1_ = conv1_, tiles1_.weight = bf16s(given.tiles1);
     tiles2_ = conv2_, tiles2_.weight = bf16s(given.tiles2);
+    // As in block.cpp: transformed weights that come from memory cost a sample or two more than they save.
+    const bool far = 32 * hidden_ * (conv1_.C + conv2_.K) > kFarBytes && N_ < 4;
     for (int64_t n = 0; n < N_; ++n) {
-      tiled1_[n] = tiles1_.weight && conv1_.C % 2 == 0 && out_pairs_pay(grid1_, plan.count[n]);
-      tiled2_[n] = tiles2_.weight && in_pairs_pay(grid2_, plan.count[n]);
+      const int32_t count = plan.count[n];
+      const bool tiled = !far || 4 * count >= 3 * hidden_;
+      tiled1_[n] = tiled && tiles1_.weight && conv1_.C % 2 == 0 &&
+                   out_pairs_pay(grid1_, count, conv1_.C, redone(out_parts(count)));
+      tiled2_[n] = tiled && tiles2_.weight && in_pairs_pay(grid2_, count, conv2_.K, redone(in_parts()));
     }
     if (given.shortcut_weight) add_shortcut(given, x, y, stride);
   }
@@ -117,6 +133,11 @@ class PairBlock {
     residual_ = skip_ = static_cast<Bf16*>(skip_memory_->mutable_data_ptr());
   }
 
+  // Into how many parts the channels of a strip are cut, and how many threads transform it anew for that.
+  int64_t out_parts(int32_t count) const { return strips1_.parts(ceil_div(count, 2), 4); }
+  int64_t in_parts() const { return strips2_.parts(ceil_div(conv2_.K, kBlock), 1); }
+  static int64_t redone(int64_t parts) { return std::min(parts, threads()); }
+
   // As in block.cpp, but that pairs of active channels stay together.
   Queue cut() const {
     const int64_t blocks = ceil_div(conv2_.K, kBlock);
@@ -138,9 +159,8 @@ class PairBlock {
         queue.add_rows(n, Stage::shortcut, 0, blocks, 1, row2 * static_cast<double>(conv1_.C) / 9, whole);
       }
       for (int64_t n = begin; n < end; ++n) {
-        const int64_t pairs = ceil_div(plan_.count[n], 2);
         for (int i = 0; i < strips1_.count && tiled1_[n]; ++i) {
-          queue.add_tiles(n, Stage::out_tiles, pairs, strips1_.parts(pairs, 4), strips1_.at(i));
+          queue.add_tiles(n, Stage::out_tiles, ceil_div(plan_.count[n], 2), out_parts(plan_.count[n]), strips1_.at(i));
         }
       }
       for (int64_t c = 0; c < hidden_; c += slice) {
@@ -155,7 +175,7 @@ class PairBlock {
       }
       for (int64_t n = begin; n < end; ++n) {
         for (int i = 0; i < strips2_.count && tiled2_[n]; ++i) {
-          queue.add_tiles(n, Stage::in_tiles, blocks, strips2_.parts(blocks, 1), strips2_.at(i));
+          queue.add_tiles(n, Stage::in_tiles, blocks, in_parts(), strips2_.at(i));
         }
       }
       for (int64_t block = 0; block < blocks; block += sliced ? 1 : blocks) {

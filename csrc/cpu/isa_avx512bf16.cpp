@@ -14,13 +14,20 @@
 #include "cpu/in_rows.h"
 #include "cpu/out_rows.h"
 #include "cpu/pair_tiles.h"
+#include "cpu/stem_rows.h"
 
 namespace gatedkernels {
 
-const Bf16Kernels kAvx512Bf16Kernels = {OutRows<BFloat16>::run, OutRows<BFloat16>::channels_together,
-                                         InRows<BFloat16>::run, PairTiles::from_image,
-                                         PairTiles::from_planes, OutPairTiles::run, InPairTiles::run,
-                                         BFloat16::add_pixels};
+const Bf16Kernels kAvx512Bf16Kernels = {OutRows<BFloat16>::run,
+                                         OutRows<BFloat16>::channels_together,
+                                         InRows<BFloat16>::run,
+                                         PairTiles::from_image,
+                                         PairTiles::from_planes,
+                                         OutPairTiles::run,
+                                         InPairTiles::run,
+                                         StemRows<BFloat16>::run,
+                                         BFloat16::add_pixels,
+                                         BFloat16::max_pixels};
 
 }  // namespace gatedkernels
 

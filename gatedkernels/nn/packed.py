@@ -32,7 +32,7 @@ from gatedkernels.ops.packed import (
 )
 
 _ops = torch.ops.gatedkernels
-_NATIVE = (torch.float32, torch.bfloat16)
+NATIVE = (torch.float32, torch.bfloat16)
 _WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
 _BLOCK_WEIGHTS = (*_WEIGHTS, "tiles1", "tiles2")
 
@@ -116,7 +116,7 @@ class PackedConv2d(Packed):
             and self.shape.stride in ((1, 1), (2, 2))
             and self.shape.dilation == (1, 1)
             and self.shape.groups == 1
-            and weight.dtype in _NATIVE
+            and weight.dtype in NATIVE
         )
         self._keep(
             weight=pack_blocks(weight) if self.is_packed else weight.contiguous(memory_format=torch.channels_last),
@@ -262,7 +262,7 @@ class PackedBasicBlock(PackedResidual):
         norm1, norm2 = block.norms(branch)
         weight1, bias1 = fold_norm(block.conv1.weight, None, norm1)
         weight2, bias2 = fold_norm(block.conv2.weight, None, norm2)
-        has_tiles = weight1.dtype in _NATIVE
+        has_tiles = weight1.dtype in NATIVE
         self._keep(
             weight1=pack_rows(weight1),
             bias1=bias1,
@@ -370,7 +370,7 @@ class PackedBottleneck(PackedResidual):
 
 def _is_native(x: Tensor) -> bool:
     """Whether the operators of gates and basic blocks serve this input: everything but other dtypes."""
-    return x.dtype in _NATIVE
+    return x.dtype in NATIVE
 
 
 def as_computed(weight: Tensor) -> Tensor:
@@ -396,7 +396,7 @@ def check_images(x: Tensor, channels: int, weight: Tensor, is_computed: bool = F
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x must have shape (N, {channels}, H, W), got {tuple(x.shape)}")
-    if x.dtype != weight.dtype and not (is_computed and _is_native(x) and weight.dtype in _NATIVE):
+    if x.dtype != weight.dtype and not (is_computed and _is_native(x) and weight.dtype in NATIVE):
         raise TypeError(f"x must have the dtype of the optimised module, {weight.dtype}, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x must be on the device of the optimised module, {weight.device}, got {x.device}")

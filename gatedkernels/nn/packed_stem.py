@@ -6,7 +6,7 @@ from torch.nn.functional import conv2d, max_pool2d
 
 from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm
-from gatedkernels.nn.packed import Packed, as_computed, check_images
+from gatedkernels.nn.packed import NATIVE, Packed, check_images
 from gatedkernels.ops.packed import pack_stem, unpack_stem
 
 _MOST_CHANNELS = 8  # beyond, the taps of one row of the window are long enough for the general kernels
@@ -26,15 +26,11 @@ class PackedPool(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool images (N, C, H, W) to (N, C)."""
-        is_native = x.dtype in (torch.float32, torch.bfloat16)
-        return torch.ops.gatedkernels.packed_pool(x) if is_native else x.mean((2, 3))
+        return torch.ops.gatedkernels.packed_pool(x) if x.dtype in NATIVE else x.mean((2, 3))
 
 
 class PackedStem(Packed):
-    """A convolution of few input channels and any window, with its normalisation, its ReLU and its pooling if any.
-
-    It computes in float32, from images of bfloat16 too.
-    """
+    """A convolution of few input channels and any window, with its normalisation, its ReLU and its pooling if any."""
 
     weight: Tensor
     bias: Tensor
@@ -45,7 +41,7 @@ class PackedStem(Packed):
         self.relu, self.pool = relu, pool
         weight, bias = fold_norm(conv.weight, conv.bias, norm)
         bias = weight.new_zeros(len(weight)) if bias is None else bias
-        self._keep(weight=pack_stem(as_computed(weight)), bias=as_computed(bias))
+        self._keep(weight=pack_stem(weight), bias=bias)
         self.eval()
 
     @staticmethod
@@ -57,7 +53,7 @@ class PackedStem(Packed):
             and square
             and conv.dilation == (1, 1)
             and conv.groups == 1
-            and conv.weight.dtype in (torch.float32, torch.bfloat16)
+            and conv.weight.dtype in NATIVE
         )
 
     @staticmethod
@@ -72,12 +68,10 @@ class PackedStem(Packed):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve images (N, C, H, W)."""
         shape, relu, pool = self.shape, self.relu, self.pool
-        check_images(x, shape.in_channels, self.weight, is_computed=True)
+        check_images(x, shape.in_channels, self.weight)
         stride, padding = shape.stride[0], shape.padding[0]
-        if self.weight.dtype == torch.float32:
-            images = x.to(torch.float32)
-            y = torch.ops.gatedkernels.packed_stem(images, self.weight, self.bias, stride, padding, relu, pool)
-            return y.to(x.dtype)
+        if self.weight.dtype in NATIVE:
+            return torch.ops.gatedkernels.packed_stem(x, self.weight, self.bias, stride, padding, relu, pool)
         y = conv2d(x, unpack_stem(self.weight, shape.out_channels), self.bias, stride, padding)
         y = y.relu() if relu else y
         return max_pool2d(y, 3, 2, 1) if pool else y

@@ -33,6 +33,9 @@ struct BFloat16 {
     return _mm512_set1_epi32(pair);
   }
 
+  // The same value, paired with zero, in every lane; nothing beyond it is read.
+  static GK_INLINE Operand spread_one(const Bf16* from) { return _mm512_set1_epi32(from->bits); }
+
   // Two vectors of weights, a pair for each output channel, of two input channels.
   static GK_INLINE void load_weights(const Bf16* const (&row)[2], int64_t offset, Operand (&w)[2]) {
     const __m512i even = load(row[0] + offset), odd = load(row[1] + offset);
@@ -105,6 +108,21 @@ struct BFloat16 {
         s[1] += v[1];
       }
       for (int i = 0; i < count; ++i) sum[c + i] += s[i / 4 % 2][i / 8 * 4 + i % 4];
+    }
+  }
+
+  // y[c] = the largest of some pixels' c; a NaN is the largest.
+  static void max_pixels(const Bf16* const* pixels, int count, int64_t C, Bf16* y) {
+    for (int64_t c = 0; c < C; c += 32) {
+      const int many = static_cast<int>(C - c < 32 ? C - c : 32);
+      Vector<16> most[2], v[2];
+      load_pixel(pixels[0] + c, many, most);
+      for (int p = 1; p < count; ++p) {
+        load_pixel(pixels[p] + c, many, v);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) most[i] = ((v[i] > most[i]) | (v[i] != v[i])) ? v[i] : most[i];
+      }
+      store_pixel(y + c, many, most);
     }
   }
 

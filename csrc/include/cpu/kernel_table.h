@@ -24,7 +24,7 @@ constexpr Kernels kernels_of(const char* name) {
           Tiles<L>::from_planes,
           OutTiles<L>::run,
           InTiles<L>::run,
-          StemRows<L>::run,
+          StemRows<Float32<L>>::run,
           GateRows<L>::add_pixels,
           GateRows<L>::max_pixels,
           GateRows<L>::linear,

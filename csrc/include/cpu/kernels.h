@@ -43,13 +43,16 @@ using OutConv = OutConvOf<float>;
 using InConv = InConvOf<float>;
 
 // The first convolution of a network: every value of a padded NHWC image of few channels to all K output channels.
-struct StemConv {
+template <class Element>
+struct StemConvOf {
   int C, K, S, stride, OW;
-  int64_t line;         // floats of a padded row
-  const float* weight;  // (K / kBlock, S, S * C, kBlock), zeros where K ends
-  const float* bias;
+  int64_t line;           // elements of a padded row
+  const Element* weight;  // (K / kBlock, S, S * C, kBlock), zeros where K ends
+  const Element* bias;
   bool relu;
 };
+
+using StemConv = StemConvOf<float>;
 
 // The tiles of 2 x 2 output pixels of a 3 x 3 convolution of stride 1, row by row; see tiles.h.
 struct TileGrid {

@@ -29,7 +29,10 @@ struct Bf16Kernels {
                     int count, int listed, Bf16* planes, float* scratch);
   void (*in_tiles)(const InConvOf<Bf16>&, const TileGrid&, Strip, const Components&, const int32_t* channels, int count,
                    int block, int last, const Bf16* residual, Bf16* y, float* scratch);
-  void (*add_pixels)(const Bf16* x, int64_t pixels, int64_t step, int64_t C, float* sum);  // as in Kernels
+  // As in Kernels.
+  void (*stem_rows)(const StemConvOf<Bf16>&, const Bf16* padded, int rows, Bf16* y);
+  void (*add_pixels)(const Bf16* x, int64_t pixels, int64_t step, int64_t C, float* sum);
+  void (*max_pixels)(const Bf16* const* pixels, int count, int64_t C, Bf16* y);
 };
 
 #if defined(__x86_64__)

@@ -29,6 +29,8 @@ struct Float32 {
   // The same value in every lane.
   static GK_INLINE Operand spread(const float* from) { return broadcast<L>(*from); }
 
+  static GK_INLINE Operand spread_one(const float* from) { return spread(from); }
+
   // Two vectors of weights, one for each output channel, of one input channel.
   static GK_INLINE void load_weights(const float* const (&row)[1], int64_t offset, Operand (&w)[2]) {
     w[0] = load(row[0] + offset);

@@ -1,44 +1,65 @@
 // The first convolution of a network: few channels, a window of any size. The taps of one of its rows are neighbours in
 // an NHWC image, so every value is broadcast to vectors of output channels, row by row of the window.
-// L lanes; a tile is P pixels times two vectors of output channels.
+// A tile is P pixels times two vectors of output channels.
 #pragma once
 
+#include "cpu/numbers.h"
 #include "cpu/rows.h"
 
 namespace gatedkernels {
 
-template <int L>
+template <class Numbers>
 struct StemRows {
+  using Element = typename Numbers::Element;
+  using Operand = typename Numbers::Operand;
+  using Conv = StemConvOf<Element>;
+  static constexpr int L = Numbers::kLanes;
+  static constexpr int kPaired = Numbers::kPaired;
   static constexpr int kVectors = 2;
   static constexpr int kMostPixels = kAccumulators<L> / kVectors;
 
+  // The products of one tap, or of one pair of them, of the window's row.
   template <int P>
-  static void tile(const StemConv& conv, const float* in, const float* weight, int lane, float* y) {
+  static GK_INLINE void add(Vector<L> (&sum)[P][kVectors], const Element* in, int64_t step,
+                            const Element* const (&rows)[kPaired], bool last) {
+    Operand w[kVectors];
+    Numbers::load_weights(rows, 0, w);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) pin(w[v]);
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+      Operand value = last ? Numbers::spread_one(in + p * step) : Numbers::spread(in + p * step);
+      pin(value);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) Numbers::multiply_add(sum[p][v], value, w[v]);
+    }
+  }
+
+  template <int P>
+  static void tile(const Conv& conv, const Element* in, const Element* weight, int lane, Element* y) {
+    static constexpr Element kZeros[kBlock] = {};
     const int valid = conv.K - lane, taps = conv.S * conv.C;
     const int64_t step = int64_t{conv.stride} * conv.C;
-    Vector<L> sum[P][kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const int rest = valid - v * L;
-      const float* bias = conv.bias + lane + v * L;
-      const Vector<L> first = rest >= L ? load<L>(bias) : rest > 0 ? load_first<L>(bias, rest) : Vector<L>{};
+    Vector<L> bias[kVectors], sum[P][kVectors];
+    Numbers::load_pixel(conv.bias + lane, valid, bias);
 #pragma GCC unroll 16
-      for (int p = 0; p < P; ++p) sum[p][v] = first;
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[p][v] = bias[v];
     }
     for (int r = 0; r < conv.S; ++r, in += conv.line) {
-      for (int i = 0; i < taps; ++i, weight += kBlock) {
-        Vector<L> w[kVectors];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          w[v] = load<L>(weight + v * L);
-          pin(w[v]);
+      int i = 0;
+      for (; i + kPaired <= taps; i += kPaired, weight += kPaired * kBlock) {
+        if constexpr (kPaired == 2) {
+          add<P>(sum, in + i, step, {weight, weight + kBlock}, false);
+        } else {
+          add<P>(sum, in + i, step, {weight}, false);
         }
-#pragma GCC unroll 16
-        for (int p = 0; p < P; ++p) {
-          Vector<L> value = broadcast<L>(in[p * step + i]);
-          pin(value);
-#pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) sum[p][v] += value * w[v];
+      }
+      if constexpr (kPaired == 2) {
+        if (i < taps) {
+          add<P>(sum, in + i, step, {weight, kZeros}, true);
+          weight += kBlock;
         }
       }
     }
@@ -46,21 +67,15 @@ struct StemRows {
     for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        const int rest = valid - v * L;
-        const Vector<L> out = conv.relu ? relu<L>(sum[p][v]) : sum[p][v];
-        float* to = y + int64_t{p} * conv.K + lane + v * L;
-        if (rest >= L) {
-          store<L>(to, out);
-        } else if (rest > 0) {
-          store_first<L>(to, out, rest);
-        }
+        if (conv.relu) sum[p][v] = Numbers::relu(sum[p][v]);
       }
+      Numbers::store_pixel(y + int64_t{p} * conv.K + lane, valid, sum[p]);
     }
   }
 
-  using Tile = void (*)(const StemConv&, const float*, const float*, int, float*);
+  using Tile = void (*)(const Conv&, const Element*, const Element*, int, Element*);
 
-  static void run(const StemConv& conv, const float* padded, int rows, float* y) {
+  static void run(const Conv& conv, const Element* padded, int rows, Element* y) {
     static constexpr auto kTiles = []<int... P>(std::integer_sequence<int, P...>) {
       return std::array<Tile, kMostPixels>{tile<P + 1>...};
     }(std::make_integer_sequence<int, kMostPixels>{});
