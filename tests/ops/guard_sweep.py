@@ -124,6 +124,10 @@ def check_blocks(n: int, c: int, k: int, h: int, w: int, stride: int, form: str,
         check("packed_block", x, *weights, None, None, mask, rest, stride)
         tiles = pack_tile_rows(weight1) if stride == 1 else None, pack_tile_blocks(weight2)
         check("packed_block", x, *weights, *tiles, mask, rest, stride)
+        narrow = [None if t is None else t.bfloat16() for t in (x, *weights, rest)]
+        tiles = (pack_tile_rows(weight1.bfloat16()) if stride == 1 else None), pack_tile_blocks(weight2.bfloat16())
+        for own in ((None, None), tiles):
+            check("packed_block", *narrow[:-1], *own, mask, narrow[-1], stride)
 
 
 def check_linears(n: int, c: int, k: int, tokens: int, density: float) -> None:
@@ -138,7 +142,9 @@ def check_stems(n: int, c: int, k: int, h: int, w: int) -> None:
     x, bias = torch.randn(n, c, h, w), torch.randn(k)
     for side, stride, pool in ((3, 1, False), (7, 2, True)):
         weight = pack_stem(torch.randn(k, c, side, side))
-        check("packed_stem", x, weight, bias, stride, side // 2, True, pool)
+        for dtype in (torch.float32, torch.bfloat16):
+            tensors = (t.to(dtype) for t in (x, weight, bias))
+            check("packed_stem", *tensors, stride, side // 2, True, pool)
 
 
 def main() -> None:

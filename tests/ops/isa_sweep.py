@@ -115,11 +115,13 @@ def gates(c: int, k: int, h: int, w: int) -> None:
 
 
 def stems(c: int, k: int, h: int, w: int) -> None:
-    x, weight, bias = torch.randn(3, c, h, w), torch.randn(k, c, 3, 3), torch.randn(k)
-    exact = conv2d(x.double(), weight.double(), bias.double(), 1, 1).relu()
-    check(f"packed_stem {(c, k, h, w)}", ops.packed_stem(x, pack_stem(weight), bias, 1, 1, True, False), exact)
-    pooled = ops.packed_stem(x, pack_stem(weight), bias, 1, 1, True, True)
-    check(f"packed_stem, pooled {(c, k, h, w)}", pooled, max_pool2d(exact, 3, 2, 1))
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((3, c, h, w), (k, c, 3, 3), (k,)))
+        exact = conv2d(x.double(), weight.double(), bias.double(), 1, 1).relu()
+        name = f"packed_stem {(c, k, h, w)} {dtype}"
+        check(name, ops.packed_stem(x, pack_stem(weight), bias, 1, 1, True, False), exact)
+        pooled = ops.packed_stem(x, pack_stem(weight), bias, 1, 1, True, True)
+        check(f"{name}, pooled", pooled, max_pool2d(exact, 3, 2, 1))
 
 
 def linears(c: int, k: int, tokens: int) -> None:

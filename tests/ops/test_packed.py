@@ -72,15 +72,17 @@ def test_layout_of_stem_weights(shape: tuple[int, ...]):
     assert torch.equal(unpack_stem(packed, k), weight)
 
 
-def test_layouts_of_transformed_weights():
-    weight = torch.randn(33, 5, 3, 3)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts_of_transformed_weights(dtype: torch.dtype):
+    weight = torch.randn(33, 5, 3, 3).to(dtype)
     rows, blocks = pack_tile_rows(weight), pack_tile_blocks(weight)
-    assert rows.shape == (33, 16 * 5 + 16)
+    line = 64 // dtype.itemsize
+    assert rows.shape == (33, 16 * 5 + line)
     assert blocks.shape == (2, 4, 5, 4 * 32)
-    components = rows[:, :-16].unflatten(1, (16, 5))
+    components = rows[:, :-line].unflatten(1, (16, 5))
     pieces = blocks.unflatten(3, (4, 32)).transpose(2, 3).flatten(1, 2)
     assert torch.equal(pieces.permute(0, 3, 1, 2).flatten(0, 1)[:33], components)
-    assert not rows[:, -16:].any()
+    assert not rows[:, -line:].any()
     corners = torch.stack([weight[..., i, j] for i in (0, 2) for j in (0, 2)], 1)
     assert torch.equal(components[:, [0, 3, 12, 15]], corners)  # they go into their components alone
 
@@ -90,7 +92,7 @@ def test_components_convolve():
     pixels = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=torch.float64)
     results = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=torch.float64)
     patch, weight = torch.randn(5, 4, 4, dtype=torch.float64), torch.randn(3, 5, 3, 3, dtype=torch.float64)
-    filters = pack_tile_rows(weight)[:, :-16].unflatten(1, (4, 4, 5)).permute(0, 3, 1, 2)
+    filters = pack_tile_rows(weight)[:, : 16 * 5].unflatten(1, (4, 4, 5)).permute(0, 3, 1, 2)
     products = (filters * (pixels @ patch @ pixels.T)).sum(1)
     torch.testing.assert_close(results @ products @ results.T, conv2d(patch[None], weight)[0])
 
@@ -136,7 +138,7 @@ BLOCKS = [
     (2, 33, 600, 97, 2, 13, 1),
 ]
 
-# Such that computing on tiles pays at densities of 0.4 and more.
+# Such that computing on tiles pays at densities of 0.4 and more, or 1 in bfloat16.
 TILED_BLOCKS = [
     (2, 64, 96, 64, 8, 8, 1),
     (1, 35, 70, 47, 17, 15, 1),
@@ -146,6 +148,7 @@ TILED_BLOCKS = [
     (2, 20, 60, 36, 18, 22, 2),
     (1, 256, 100, 64, 9, 6, 1),
     (2, 24, 70, 40, 12, 13, 1),
+    (2, 64, 97, 64, 10, 12, 1),
 ]
 
 
@@ -196,14 +199,15 @@ def test_packed_block_never_reads_closed_channels(active: int, dtype: torch.dtyp
 
 
 @needs_cpu
-def test_packed_block_leaves_nothing_behind():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_block_leaves_nothing_behind(dtype: torch.dtype):
     """What a call leaves in the threads' scratch memory, NaN here, does not reach the next one."""
-    weight1, weight2, bias = torch.randn(96, 32, 3, 3), torch.randn(32, 96, 3, 3), torch.zeros(96)
+    weight1, weight2, bias = (t.to(dtype) for t in (torch.randn(96, 32, 3, 3), torch.randn(32, 96, 3, 3), torch.zeros(96)))
     packed = pack_rows(weight1), bias, pack_blocks(weight2), bias[:32], pack_tile_rows(weight1)
     tiles2, mask = pack_tile_blocks(weight2), torch.ones(2, 96, dtype=torch.bool)
-    x = torch.randn(2, 32, 11, 9)
+    x = torch.randn(2, 32, 11, 9).to(dtype)
     clean = ops.packed_block(x, *packed, tiles2, mask, None, 1)
-    for poison in (torch.full((2, 32, 24, 24), torch.nan), torch.full_like(x, torch.inf)):
+    for poison in (torch.full((2, 32, 24, 24), torch.nan, dtype=dtype), torch.full_like(x, torch.inf)):
         assert not ops.packed_block(poison, *packed, tiles2, mask, None, 1).isfinite().all()
         assert torch.equal(ops.packed_block(x, *packed, tiles2, mask, None, 1), clean)
 
@@ -220,9 +224,12 @@ STEMS = [
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("shape", STEMS, ids=str)
-def test_packed_stem(shape: tuple[int, ...], pool: bool, layout: str, images, assert_within_budget):
+def test_packed_stem(
+    shape: tuple[int, ...], pool: bool, dtype: torch.dtype, layout: str, images, assert_within_budget
+):
     n, c, k, h, w, side, stride, padding = shape
 
     def operator(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -232,15 +239,16 @@ def test_packed_stem(shape: tuple[int, ...], pool: bool, layout: str, images, as
         y = conv2d(x, weight, bias, stride, padding)
         return max_pool2d(y.relu(), 3, 2, 1) if pool else y
 
-    tensors = [images((n, c, h, w), layout), torch.randn(k, c, side, side), torch.randn(k)]
+    tensors = [images((n, c, h, w), layout, dtype), torch.randn(k, c, side, side).to(dtype), torch.randn(k).to(dtype)]
     assert_agrees(operator, definition, tensors, assert_within_budget)
 
 
 @needs_cpu
-def test_packed_stem_pools_nan():
-    x = torch.randn(1, 3, 12, 12)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_stem_pools_nan(dtype: torch.dtype):
+    x = torch.randn(1, 3, 12, 12).to(dtype)
     x[0, 1, 5, 5] = torch.nan
-    weight, bias = torch.randn(20, 3, 3, 3), torch.randn(20)
+    weight, bias = torch.randn(20, 3, 3, 3).to(dtype), torch.randn(20).to(dtype)
     y = ops.packed_stem(x, pack_stem(weight), bias, 1, 1, False, True)
     assert torch.equal(y.isnan(), max_pool2d(conv2d(x, weight, bias, 1, 1), 3, 2, 1).isnan())
 

@@ -62,10 +62,12 @@ def make_calls() -> dict[str, tuple[Call, Tensor]]:
             with_references["gated_block"][1],
         )
     narrow = [t.bfloat16() for t in (x, rows, b1, blocks, b2)]
-    with_references["packed_block, bfloat16"] = (
-        lambda: torch.ops.gatedkernels.packed_block(*narrow, None, None, mask2, narrow[0], 1),
-        with_references["gated_block"][1].bfloat16(),
-    )
+    narrow_tiles = pack_tile_rows(w1.bfloat16()), pack_tile_blocks(w2.bfloat16())
+    for name, own in (("packed_block, bfloat16", (None, None)), ("packed_block, bfloat16, on tiles", narrow_tiles)):
+        with_references[name] = (
+            lambda own=own: torch.ops.gatedkernels.packed_block(*narrow, *own, mask2, narrow[0], 1),
+            with_references["gated_block"][1].bfloat16(),
+        )
     for name, gradient in make_gradients(x, (w1, b1, w2, b2), (mask1, mask2), big, some).items():
         with_references[name] = gradient
     return with_references
