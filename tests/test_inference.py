@@ -34,6 +34,8 @@ MODULES = {
     "basic stride 3": (lambda: lively(GatedBasicBlock(8, 12, stride=3)), (3, 8, 7, 7)),
     "bottleneck": (lambda: lively(GatedBottleneck(24, 12, stride=2)), (3, 24, 7, 5)),
     "convolution": (lambda: lively(gk.GatedConv2d(8, 40, 3, padding=1, activation=nn.ReLU())), (3, 8, 6, 6)),
+    "grouped": (lambda: lively(gk.GatedConv2d(8, 40, 3, padding=1, groups=4, norm=nn.BatchNorm2d(40))), (3, 8, 6, 6)),
+    "depthwise": (lambda: lively(gk.GatedConv2d(8, 8, 3, stride=2, padding=1, groups=8)), (3, 8, 6, 6)),
     "sigmoid": (
         lambda: lively(gk.GatedConv2d(8, 40, 1, norm=nn.BatchNorm2d(40), activation=nn.Sigmoid())),
         (3, 8, 6, 6),
@@ -144,17 +146,33 @@ def test_other_dtypes(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODULES)
-def test_bfloat16(name: str, density: float):
-    """A model of bfloat16 keeps its own error: the packed one's is at most twice as large, and one eps."""
+def test_narrow_dtypes(name: str, dtype: torch.dtype, density: float):
+    """A model of bfloat16 or float16 keeps its own error: the packed one's is at most twice as large, and one eps."""
     make, shape = MODULES[name]
-    model, x = make().bfloat16(), torch.randn(shape).bfloat16()
+    model, x = make().to(dtype), torch.randn(shape).to(dtype)
     fast, exact = gk.optimize(model, x), copy.deepcopy(model).double()
     with torch.no_grad(), gk.fix_gates(model, density), gk.fix_gates(fast, density), gk.fix_gates(exact, density):
         own, y, expected = model(x), fast(x), exact(x.double())
+    assert y.dtype == dtype
     own, y = (error.double() - expected for error in (own, y))
-    eps = torch.finfo(torch.bfloat16).eps
+    eps = torch.finfo(dtype).eps
     assert y.norm() <= 2 * own.norm() + eps * expected.norm()
+
+
+def test_float16_is_stored_and_computed_in_float32():
+    block, x = lively(GatedBasicBlock(8, 16, stride=2)).half(), torch.randn(2, 8, 9, 9).half()
+    fast = gk.optimize(block, x)
+    assert all(buffer.dtype == torch.float32 for buffer in fast.buffers())
+    with torch.no_grad():
+        y, gate = fast(x, return_gate=True)
+        assert y.dtype == torch.float16
+        torch.testing.assert_close(gate.mask, block(x, return_gate=True)[1].mask)
+        with pytest.raises(TypeError, match="dtype of the optimised module, torch.float16, got torch.float32"):
+            fast(x.float())
+        wide = copy.deepcopy(fast).double()
+        assert wide(x.double()).dtype == torch.float64
 
 
 def test_bfloat16_gates_decide_in_float32():
@@ -183,7 +201,9 @@ def test_refuses_to_train():
         fast.train()
     x = torch.randn(1, 3, 16, 16, requires_grad=True)
     with pytest.raises(RuntimeError, match="no gradients"):
-        fast(x).sum().backward()
+        fast(x)
+    with torch.no_grad():
+        assert not fast(x).requires_grad
 
 
 def test_bad_models():

@@ -252,9 +252,8 @@ Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& 
   STD_TORCH_CHECK(weight1.size(1) == 3 && weight1.size(3) == C, "weight1 is packed as (M, 3, 3, C)");
   STD_TORCH_CHECK(weight2.size(0) == ceil_div(out, kBlock) && weight2.size(1) == hidden && weight2.size(2) == 3,
                   "weight2 is packed as (K / 32, M, 3, 3, 32)");
-  const int64_t line = 64 / x.element_size();  // behind each row of transformed weights
-  STD_TORCH_CHECK(!tiles1 || (tiles1->is_contiguous() && tiles1->numel() == hidden * (16 * C + line)),
-                  "tiles1 is packed as (M, 16 C + 64 bytes)");
+  STD_TORCH_CHECK(!tiles1 || (tiles1->is_contiguous() && tiles1->numel() == hidden * (16 * C + 16)),
+                  "tiles1 is packed as (M, 16 C + 16)");
   STD_TORCH_CHECK(!tiles2 || (tiles2->is_contiguous() && tiles2->numel() == ceil_div(out, kBlock) * 4 * hidden * kTileRow),
                   "tiles2 is packed as (K / 32, 4, M, 4 * 32)");
   STD_TORCH_CHECK(mask.size(0) == x.size(0) && mask.size(1) == hidden, "mask has shape (N, M)");

@@ -9,6 +9,36 @@ namespace {
 
 Tensor wide(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16 ? converted(t, ScalarType::Float) : t; }
 
+// One layer of a gate, of float32 or bfloat16 weights (K, C).
+class Layer {
+ public:
+  int64_t C, K;
+
+  Layer(const Tensor& weight, const Tensor& bias)
+      : C(weight.size(1)), K(weight.size(0)), weight_(weight), bias_(row_major(wide(bias))) {
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.is_cpu() && weight.is_contiguous() && bias.size(0) == K,
+                    "a layer of the gate has weights (K, C) and a bias (K,)");
+    if (!narrow()) check_float(weight, 2);
+  }
+
+  void fetch() const { bring(static_cast<const uint8_t*>(weight_.const_data_ptr()), K * C * weight_.element_size()); }
+
+  void run(const std::vector<float>& x, std::vector<float>& y) const {
+    if (narrow()) {
+      kernels().linear_narrow(static_cast<const uint16_t*>(weight_.const_data_ptr()), floats(bias_), x.data(), C, K,
+                              y.data());
+    } else {
+      kernels().linear(floats(weight_), floats(bias_), x.data(), C, K, y.data());
+    }
+  }
+
+ private:
+  bool narrow() const { return weight_.scalar_type() == ScalarType::BFloat16; }
+
+  const Tensor& weight_;
+  const Tensor bias_;
+};
+
 // The means of an image's pixels. bfloat16 is read as it lies where pixels are rows of channels, else in float32.
 class Pixels {
  public:
@@ -51,24 +81,19 @@ Tensor channel_gate(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
                     const Tensor& bias2) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), "x is (N, C, H, W) on the CPU");
   const Pixels pixels(x);
-  const Tensor matrix1 = wide(weight1), matrix2 = wide(weight2), shift1 = wide(bias1), shift2 = wide(bias2);
-  check_float(matrix1, 2), check_float(matrix2, 2);
-  const int64_t C = pixels.C, hidden = weight1.size(0), out = weight2.size(0);
-  STD_TORCH_CHECK(weight1.size(1) == C && weight2.size(1) == hidden && matrix1.is_contiguous() &&
-                      matrix2.is_contiguous() && bias1.size(0) == hidden && bias2.size(0) == out,
-                  "the gate's weights are (M, C) and (K, M)");
-  Tensor mask = empty({pixels.N, out}, ScalarType::Bool);
-  const float *w1 = floats(matrix1), *b1 = floats(shift1), *w2 = floats(matrix2), *b2 = floats(shift2);
+  const Layer first(weight1, bias1), second(weight2, bias2);
+  STD_TORCH_CHECK(first.C == pixels.C && second.C == first.K, "the gate's weights are (M, C) and (K, M)");
+  Tensor mask = empty({pixels.N, second.K}, ScalarType::Bool);
   bool* open = mask.mutable_data_ptr<bool>();
   torch::stable::parallel_for(0, pixels.N, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> mean, inner(hidden), logits(out);
-    bring(w1, hidden * C), bring(w2, out * hidden);
+    std::vector<float> mean, inner(first.K), logits(second.K);
+    first.fetch(), second.fetch();
     for (int64_t n = begin; n < end; ++n) {
       pixels.mean(n, mean);
-      kernels().linear(w1, b1, mean.data(), C, hidden, inner.data());
+      first.run(mean, inner);
       for (float& value : inner) value = std::max(value, 0.0f);
-      kernels().linear(w2, b2, inner.data(), hidden, out, logits.data());
-      for (int64_t k = 0; k < out; ++k) open[n * out + k] = logits[k] >= 0.0f;
+      second.run(inner, logits);
+      std::transform(logits.begin(), logits.end(), open + n * second.K, [](float logit) { return logit >= 0.0f; });
     }
   });
   return mask;

@@ -5,7 +5,7 @@ They keep the names inside the modules they replace, so that gates, masks and FL
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from gatedkernels.ops.packed import (
     worth_tiles,
 )
 
+_Module = TypeVar("_Module", bound=nn.Module)
+
 _ops = torch.ops.gatedkernels
 NATIVE = (torch.float32, torch.bfloat16)
 _WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
@@ -38,7 +40,14 @@ _BLOCK_WEIGHTS = (*_WEIGHTS, "tiles1", "tiles2")
 
 
 class Packed(nn.Module):
-    """A module for evaluation only, whose weights are a snapshot."""
+    """A module for evaluation only, whose weights are a snapshot.
+
+    Attributes:
+        stored: dtype of images and results where that of the weights is another one: float16, for which the kernels
+            compute in float32.
+    """
+
+    stored: torch.dtype | None = None
 
     def train(self, mode: bool = True) -> "Packed":
         """Refuse to train.
@@ -49,6 +58,19 @@ class Packed(nn.Module):
         if mode:
             raise RuntimeError("an optimised module is for evaluation only; train the original and optimise it again")
         return super().train(False)
+
+    def _apply(self, *arguments: Any) -> "Packed":
+        """As ever; weights of another dtype than float32 meet images of the same."""
+        super()._apply(*arguments)
+        if any(buffer.dtype != torch.float32 for buffer in self.buffers()):
+            self.stored = None
+        return self
+
+    def _as_computed(self, x: Tensor) -> Tensor:
+        return x if self.stored is None else x.float()
+
+    def _as_stored(self, y: Tensor) -> Tensor:
+        return y if self.stored is None else y.to(self.stored)
 
     def _keep(self, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
@@ -69,10 +91,10 @@ class PackedGate(Packed):
         weight1, bias1 = fold_norm(gate.conv1.weight, gate.conv1.bias, gate.bn)
         weight2, bias2 = gate.conv2.weight.flatten(1), gate.conv2.bias
         self._keep(
-            weight1=as_computed(weight1.flatten(1)),
-            bias1=as_computed(weight1.new_zeros(len(weight1)) if bias1 is None else bias1),
-            weight2=as_computed(weight2),
-            bias2=as_computed(weight2.new_zeros(len(weight2)) if bias2 is None else bias2),
+            weight1=weight1.flatten(1),
+            bias1=weight1.new_zeros(len(weight1)) if bias1 is None else bias1,
+            weight2=weight2,
+            bias2=weight2.new_zeros(len(weight2)) if bias2 is None else bias2,
         )
         self.shapes = ConvShape.of(gate.conv1), ConvShape.of(gate.conv2)
         # What is opened instead of the gate's decision for so many samples; see `fix_gates`.
@@ -85,7 +107,7 @@ class PackedGate(Packed):
         return mask if self.fixed is None else self.fixed(len(x))
 
     def _decide(self, x: Tensor) -> Tensor:
-        check_images(x, self.shapes[0].in_channels, self.weight1, is_computed=True)
+        check_images(x, self.shapes[0].in_channels, self.weight1)
         if _is_native(x):
             return _ops.channel_gate(x, *map(self._buffers.__getitem__, _WEIGHTS))
         hidden = nn.functional.linear(x.mean((2, 3)), self.weight1, self.bias1).relu()
@@ -258,7 +280,9 @@ class PackedBasicBlock(PackedResidual):
     tiles2: Tensor | None
 
     def __init__(self, block: GatedBasicBlock | SlimmableBasicBlock, branch: Branch) -> None:
+        block, stored = computed(block)
         super().__init__(block, branch)
+        self.stored = stored
         norm1, norm2 = block.norms(branch)
         weight1, bias1 = fold_norm(block.conv1.weight, None, norm1)
         weight2, bias2 = fold_norm(block.conv2.weight, None, norm2)
@@ -283,12 +307,13 @@ class PackedBasicBlock(PackedResidual):
     ) -> Tensor | tuple[Tensor, Gate | None]:
         """Run the block; arguments and result are those of `GatedBasicBlock`."""
         shape = self.shapes[0]
-        check_images(x, shape.in_channels, self.weight1)
+        check_images(x, shape.in_channels, self.weight1, self.stored)
         if mask is not None or branch is not None:
             self._check(x, branch, (mask,))
+        x = self._as_computed(x)
         if mask is None and self._is_one(x):
             y, mask = self._run(x)
-            return (y, _as_gate(mask)) if return_gate else y
+            return (self._as_stored(y), _as_gate(mask)) if return_gate else self._as_stored(y)
         if mask is None:
             mask = self._decide("gate", x)
         if mask is None:
@@ -305,7 +330,7 @@ class PackedBasicBlock(PackedResidual):
                 x, unpack_rows(self.weight1), self.bias1, weight2, self.bias2, opened,
                 residual=residual, stride=shape.stride,
             )  # fmt: skip
-        return (y, _as_gate(mask)) if return_gate else y
+        return (self._as_stored(y), _as_gate(mask)) if return_gate else self._as_stored(y)
 
     def _is_one(self, x: Tensor) -> bool:
         """Whether one operator does it all: nobody listens to the gate or the shortcut, which then are no calls."""
@@ -337,7 +362,9 @@ class PackedBottleneck(PackedResidual):
     bias1: Tensor
 
     def __init__(self, block: GatedBottleneck | SlimmableBottleneck, branch: Branch) -> None:
+        block, stored = computed(block)
         super().__init__(block, branch)
+        self.stored = stored
         norm1, norm2, norm3 = block.norms(branch)
         weight1, bias1 = fold_norm(block.conv1.weight, None, norm1)
         self._keep(weight1=weight1, bias1=bias1)
@@ -353,11 +380,12 @@ class PackedBottleneck(PackedResidual):
         return_gate: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Gate | None, Gate | None]]:
         """Run the block; arguments and result are those of `GatedBottleneck`."""
-        check_images(x, self.shapes[0].in_channels, self.weight1)
+        check_images(x, self.shapes[0].in_channels, self.weight1, self.stored)
         if mask is not None and (not isinstance(mask, tuple) or len(mask) != 2):
             raise TypeError(f"mask must be a pair, one for each gate, got {type(mask).__name__}")
         brought = mask or (None, None)
         self._check(x, branch, brought)
+        x = self._as_computed(x)
         mask1 = self._decide("gate1", x) if brought[0] is None else brought[0]
         open1 = None if mask1 is None else _spread(mask1, self.group)
         h = gated_conv2d(x, self.weight1, self.bias1, None, open1).relu_()
@@ -365,6 +393,7 @@ class PackedBottleneck(PackedResidual):
         open2 = None if mask2 is None else _spread(mask2, self.group)
         h = self.conv2(h, open1, open2)
         y = self.conv3(h, open2, residual=x if self.downsample is None else self.downsample(x))
+        y = self._as_stored(y)
         return (y, (_as_gate(mask1), _as_gate(mask2))) if return_gate else y
 
 
@@ -373,9 +402,10 @@ def _is_native(x: Tensor) -> bool:
     return x.dtype in NATIVE
 
 
-def as_computed(weight: Tensor) -> Tensor:
-    """Weights of small layers in the dtype that they are computed in."""
-    return weight.float() if weight.dtype == torch.bfloat16 else weight
+def computed(module: _Module) -> tuple[_Module, torch.dtype | None]:
+    """A module in the dtype that it is computed in, and its own where that is another one; see `Packed`."""
+    dtype = next(module.parameters()).dtype
+    return (module, None) if dtype != torch.float16 else (copy.deepcopy(module).float(), dtype)
 
 
 def _is_heard(module: nn.Module) -> bool:
@@ -383,23 +413,25 @@ def _is_heard(module: nn.Module) -> bool:
     return bool(own or nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
-def check_images(x: Tensor, channels: int, weight: Tensor, is_computed: bool = False) -> None:
+def check_images(x: Tensor, channels: int, weight: Tensor, stored: torch.dtype | None = None) -> None:
     """Refuse what the kernels would misread; the operators themselves check no more than invariants.
 
     Args:
         x: What should be images.
         channels: Channels that they should have.
         weight: Weights that they meet.
-        is_computed: Whether these went through ``as_computed``.
+        stored: Their dtype, if it is not that of the weights.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x must have shape (N, {channels}, H, W), got {tuple(x.shape)}")
-    if x.dtype != weight.dtype and not (is_computed and _is_native(x) and weight.dtype in NATIVE):
-        raise TypeError(f"x must have the dtype of the optimised module, {weight.dtype}, got {x.dtype}")
+    if x.dtype != (stored or weight.dtype):
+        raise TypeError(f"x must have the dtype of the optimised module, {stored or weight.dtype}, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x must be on the device of the optimised module, {weight.device}, got {x.device}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("an optimised module has no gradients; differentiate the original, or call it in no_grad()")
 
 
 def _spread(mask: Tensor, group: int) -> Tensor:

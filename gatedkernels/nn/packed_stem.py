@@ -6,7 +6,7 @@ from torch.nn.functional import conv2d, max_pool2d
 
 from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm
-from gatedkernels.nn.packed import NATIVE, Packed, check_images
+from gatedkernels.nn.packed import NATIVE, Packed, check_images, computed
 from gatedkernels.ops.packed import pack_stem, unpack_stem
 
 _MOST_CHANNELS = 8  # beyond, the taps of one row of the window are long enough for the general kernels
@@ -37,6 +37,7 @@ class PackedStem(Packed):
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, relu: bool, pool: bool) -> None:
         super().__init__()
+        conv, self.stored = computed(conv)
         self.shape = ConvShape.of(conv)
         self.relu, self.pool = relu, pool
         weight, bias = fold_norm(conv.weight, conv.bias, norm)
@@ -53,7 +54,7 @@ class PackedStem(Packed):
             and square
             and conv.dilation == (1, 1)
             and conv.groups == 1
-            and conv.weight.dtype in NATIVE
+            and conv.weight.dtype in (*NATIVE, torch.float16)
         )
 
     @staticmethod
@@ -68,10 +69,12 @@ class PackedStem(Packed):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve images (N, C, H, W)."""
         shape, relu, pool = self.shape, self.relu, self.pool
-        check_images(x, shape.in_channels, self.weight)
+        check_images(x, shape.in_channels, self.weight, self.stored)
         stride, padding = shape.stride[0], shape.padding[0]
         if self.weight.dtype in NATIVE:
-            return torch.ops.gatedkernels.packed_stem(x, self.weight, self.bias, stride, padding, relu, pool)
+            images = self._as_computed(x)
+            y = torch.ops.gatedkernels.packed_stem(images, self.weight, self.bias, stride, padding, relu, pool)
+            return self._as_stored(y)
         y = conv2d(x, unpack_stem(self.weight, shape.out_channels), self.bias, stride, padding)
         y = y.relu() if relu else y
         return max_pool2d(y, 3, 2, 1) if pool else y

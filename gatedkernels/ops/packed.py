@@ -49,7 +49,7 @@ def unpack_blocks(blocks: Tensor, out_channels: int) -> Tensor:
 # Filters to components; pixels to components and components to pixels are in csrc/include/cpu/tiles.h.
 _TO_TILES = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 _LEAST_TILES = 9  # as in csrc/cpu/strips.h
-_ROW_PADDING = 64  # bytes at the end of each row, which keep rows out of each other's cache sets
+_ROW_PADDING = 16  # numbers at the end of each row, which keep rows out of each other's cache sets
 
 
 def pack_stem(weight: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def _tiles(weight: Tensor) -> Tensor:
 
 def pack_tile_rows(weight: Tensor) -> Tensor:
     """Filters (K, C, 3, 3) as rows of components."""
-    return pad(_tiles(weight).transpose(1, 2).flatten(1), (0, _ROW_PADDING // weight.element_size()))
+    return pad(_tiles(weight).transpose(1, 2).flatten(1), (0, _ROW_PADDING))
 
 
 def pack_tile_blocks(weight: Tensor) -> Tensor:
@@ -218,15 +218,6 @@ for _name, _definition in DEFINITIONS.items():
     torch.library.impl(f"gatedkernels::{_name}", "CUDA", _ON_GPU[_name])
     if _extension.CPU_ERROR is not None:
         torch.library.impl(f"gatedkernels::{_name}", "CPU", _definition)
-
-
-def _no_gradient(ctx, *gradients):  # type: ignore[no-untyped-def]
-    raise RuntimeError("an optimised module has no gradients; differentiate the original")
-
-
-for _name in DEFINITIONS:
-    if _name != "channel_gate":  # its decisions carry none
-        torch.library.register_autograd(f"gatedkernels::{_name}", _no_gradient)
 
 
 def _images(x: Tensor, channels: int, stride: int) -> Tensor:

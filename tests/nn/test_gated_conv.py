@@ -47,6 +47,19 @@ def test_brought_masks(training: bool, norm: str | None, activation: nn.Module |
                 assert not y[~out_mask].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("groups", [4, 8], ids=["grouped", "depthwise"])
+def test_groups(groups: int, dtype: torch.dtype):
+    """No kernel serves them: by policy they run dense, and are as exact."""
+    conv, x = make(groups=groups).to(dtype).eval(), torch.randn(3, 8, 5, 7, dtype=dtype)
+    in_mask, out_mask = random_mask(3, 8), random_mask(3, 16)
+    y, gate = conv(x, in_mask=in_mask, return_gate=True)
+    torch.testing.assert_close(y, by_definition(conv, x, in_mask, gate.mask))
+    torch.testing.assert_close(
+        conv(x, in_mask=in_mask, out_mask=out_mask), by_definition(conv, x, in_mask, out_mask)
+    )
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_own_gate(training: bool):
     conv = make(activation=nn.ReLU(), bias=False, group=4).train(training)

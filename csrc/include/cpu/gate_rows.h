@@ -45,28 +45,41 @@ struct GateRows {
     }
   }
 
-  // y = weight (K, C) times x, plus bias.
-  static void linear(const float* weight, const float* bias, const float* x, int64_t C, int64_t K, float* y) {
+  // y = weight (K, C) times x, plus bias; weights may be the bits of bfloat16.
+  template <class Weight>
+  static void linear(const Weight* weight, const float* bias, const float* x, int64_t C, int64_t K, float* y) {
     int64_t k = 0;
     for (; k + 4 <= K; k += 4) {
-      const float* w = weight + k * C;
+      const Weight* w = weight + k * C;
       Vector<L> s[4] = {};
       int64_t c = 0;
       for (; c + L <= C; c += L) {
         const Vector<L> v = load<L>(x + c);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) s[i] += v * load<L>(w + i * C + c);
+        for (int i = 0; i < 4; ++i) s[i] += v * vector(w + i * C + c);
       }
       Quad sum = sums<L>(s[0], s[1], s[2], s[3]);
       for (; c < C; ++c) {
-        for (int i = 0; i < 4; ++i) sum[i] += x[c] * w[i * C + c];
+        for (int i = 0; i < 4; ++i) sum[i] += x[c] * number(w + i * C + c);
       }
       store<4>(y + k, sum + load<4>(bias + k));
     }
     for (; k < K; ++k) {
       y[k] = bias[k];
-      for (int64_t c = 0; c < C; ++c) y[k] += x[c] * weight[k * C + c];
+      for (int64_t c = 0; c < C; ++c) y[k] += x[c] * number(weight + k * C + c);
     }
+  }
+
+ private:
+  static GK_INLINE Vector<L> vector(const float* from) { return load<L>(from); }
+  static GK_INLINE Vector<L> vector(const uint16_t* from) { return load_wide<L>(from); }
+
+  static GK_INLINE float number(const float* from) { return *from; }
+  static GK_INLINE float number(const uint16_t* from) {
+    const uint32_t bits = uint32_t{*from} << 16;
+    float wide;
+    __builtin_memcpy(&wide, &bits, sizeof wide);
+    return wide;
   }
 };
 

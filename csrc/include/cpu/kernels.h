@@ -167,6 +167,8 @@ struct Kernels {
   void (*max_pixels)(const float* const* pixels, int count, int64_t C, float* y);
   // y = weight (K, C) times x, plus bias.
   void (*linear)(const float* weight, const float* bias, const float* x, int64_t C, int64_t K, float* y);
+  // The same of weights that are the bits of bfloat16.
+  void (*linear_narrow)(const uint16_t* weight, const float* bias, const float* x, int64_t C, int64_t K, float* y);
   void (*linear_panel)(const LinearPanel&);
   // panel[c][l] = rows[l][c] for kBlock rows.
   void (*gather_rows)(const float* const* rows, int64_t inputs, float* panel);

@@ -23,8 +23,7 @@ struct Bf16Kernels {
   void (*image_tiles)(const TileGrid&, Strip, const Bf16* x, int64_t C, const Components&, float* scratch);
   void (*plane_tiles)(const TileGrid&, Strip, const Bf16* planes, int64_t plane, int pairs, const Components&,
                       float* scratch);
-  // As in Kernels; weights transformed: (K, 16, C) with 32 more numbers at the end of each row, and (K / kBlock, 4, C, 4,
-  // kBlock).
+  // As in Kernels.
   void (*out_tiles)(const OutConvOf<Bf16>&, const TileGrid&, Strip, const Components&, const int32_t* channels,
                     int count, int listed, Bf16* planes, float* scratch);
   void (*in_tiles)(const InConvOf<Bf16>&, const TileGrid&, Strip, const Components&, const int32_t* channels, int count,

@@ -11,7 +11,7 @@
 namespace gatedkernels {
 
 struct Products {
-  static constexpr int kPaired = 1;  // output channels that are finished together
+  static constexpr int kPaired = 1;  // numbers in a lane, and output channels that are finished together
 
   template <int M>
   static GK_INLINE void add(Vector<M>& sum, Vector<M> a, Vector<M> b) {
@@ -29,7 +29,7 @@ struct OutTiles {
     return (fit < kMostChannels ? fit : kMostChannels) / Product::kPaired * Product::kPaired;
   }
 
-  static int64_t weight_row(int64_t C) { return 16 * C + 16; }
+  static int64_t weight_row(int64_t C) { return 16 * C + 16 / Product::kPaired; }
 
   // products[t][component][lanes]. Meanwhile come the `next` weights, where they are not null.
   template <int M, int P, int T>

@@ -25,6 +25,20 @@ GK_INLINE Vector<L> load(const float* from) {
   return v;
 }
 
+template <int L>
+struct BitsOf {
+  typedef uint16_t narrow __attribute__((vector_size(L * sizeof(uint16_t))));
+  typedef uint32_t wide __attribute__((vector_size(L * sizeof(uint32_t))));
+};
+
+// The same from bfloat16, whose bits are the upper half of a float's.
+template <int L>
+GK_INLINE Vector<L> load_wide(const uint16_t* from) {
+  typename BitsOf<L>::narrow v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return (Vector<L>)(__builtin_convertvector(v, typename BitsOf<L>::wide) << 16);
+}
+
 // Out of line: the ends of rows are rare, and a copy in every tile would double the code. Static: each instruction set
 // has its own.
 template <int L>
