@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._arguments import in_best_layout
-from gatedkernels.ops._backends import ALWAYS, Backend, require
+from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require
 from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._select import select_
 from gatedkernels.ops.gated_block import training as _training  # noqa: F401  (registers its operators)
@@ -48,9 +48,7 @@ def _launch_cpu(
     stride: Sequence[int],
     threshold: float = ALWAYS,
 ) -> Tensor:
-    problem = policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1)
-    if problem:
-        raise ValueError(f"backend 'cpu' {problem}")
+    refuse("cpu", policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1))
     return _run_cpu(x, weight1, bias1, weight2, bias2, mask, residual, stride[0], threshold)
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import conv2d, pad
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
-from gatedkernels.ops._backends import Backend, require
+from gatedkernels.ops._backends import Backend, refuse, require
 from gatedkernels.ops._widths import Width, check_width, equal_widths, put, take
 from gatedkernels.ops.sliced_conv2d.reference import sliced_conv2d_backward_reference, sliced_conv2d_reference
 
@@ -71,9 +71,7 @@ def _launch_cpu(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    problem = policy.cpu_problem(x, weight, stride, padding, dilation, groups)
-    if problem:
-        raise ValueError(f"backend 'cpu' {problem}")
+    refuse("cpu", policy.cpu_problem(x, weight, stride, padding, dilation, groups))
     return torch.ops.gatedkernels.sliced_conv2d_cpu(x, weight, bias, in_width, out_width, stride[0])
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
-from gatedkernels.ops._backends import Backend, require
+from gatedkernels.ops._backends import Backend, refuse, require
 from gatedkernels.ops._widths import Width, check_width, equal_widths, put, take
 from gatedkernels.ops.sliced_linear.reference import sliced_linear_backward_reference, sliced_linear_reference
 
@@ -36,9 +36,7 @@ def _launch_dense(
 def _launch_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_width: Tensor | None, out_width: Tensor | None
 ) -> Tensor:
-    problem = policy.linear_problem(x)
-    if problem:
-        raise ValueError(f"backend 'cpu' {problem}")
+    refuse("cpu", policy.linear_problem(x))
     tokens = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
     y = torch.ops.gatedkernels.sliced_linear_cpu(tokens, weight, bias, in_width, out_width)
     return y.view(*x.shape[:-1], weight.shape[0])
