@@ -59,7 +59,9 @@ struct InTiles {
     }
   }
 
-  static GK_INLINE int64_t row_of(const int32_t* channels, int j) { return (channels ? channels[j] : j) * int64_t{kTileRow}; }
+  static GK_INLINE int64_t row_of(const int32_t* channels, int j) {
+    return (channels ? channels[j] : j) * int64_t{kTileRow};
+  }
 
   using Multiply = void (*)(const float*, int64_t, const float*, const float*, int64_t, int64_t, const int32_t*, int,
                             bool, float*);

@@ -126,7 +126,8 @@ struct Tiles {
   }
 
   // Tiles side by side: `corner` is the first one's entry in the first table, `to` its place in the first component.
-  static __attribute__((noinline)) void transform_row(const float* corner, int64_t table, int64_t pitch, int count, float* to, int64_t step) {
+  static __attribute__((noinline)) void transform_row(const float* corner, int64_t table, int64_t pitch, int count,
+                                                      float* to, int64_t step) {
     cover<L>(count, [=](int i, auto lanes) __attribute__((always_inline)) {
       constexpr int M = decltype(lanes)::value;
       float* row = to + i;
