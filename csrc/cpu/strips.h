@@ -20,8 +20,8 @@ class Strips {
     const int64_t all = threads();
     int64_t wanted = std::max<int64_t>(1, (tiles_ + most / 2) / most);
     // Few strips become as many for each thread.
-    const int64_t even = ceil_div(wanted, all) * all;
-    if (samples * wanted < 4 * all && even * kLeast <= tiles_) wanted = even;
+    const int64_t rounded = ceil_div(wanted, all) * all;
+    if (samples * wanted < 4 * all && rounded * kLeast <= tiles_) wanted = rounded;
     size_ = static_cast<int>(std::max<int64_t>(16, (tiles_ / wanted + 8) / 16 * 16));
     count = std::max(1, (tiles_ + size_ / 2) / size_);
   }

@@ -1,5 +1,5 @@
-// The in-gated kernel on Winograd's components: lanes run along the output channels and every component is broadcast, so
-// an active input channel is nothing but a pointer to its components and one to its row of transformed weights.
+// The in-gated kernel on Winograd's components: lanes run along the output channels and every component is broadcast,
+// so an active input channel is nothing but a pointer to its components and one to its row of transformed weights.
 // L lanes; a register tile is P tiles times two vectors of output channels.
 #pragma once
 
