@@ -8,6 +8,7 @@ from torch.nn.functional import conv2d
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
+from gatedkernels.ops._autograd import differentiate_once
 from gatedkernels.ops._backends import refuse, too_dense
 from gatedkernels.ops._select import select_
 
@@ -169,9 +170,5 @@ def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
     return *(g if need else None for g, need in zip(all_gradients, needs[:7], strict=True)), None, None
 
 
-def _backward_twice(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("gated operations can be differentiated once, not twice")
-
-
 torch.library.register_autograd("gatedkernels::gated_block_kept", _backward, setup_context=_save)
-torch.library.register_autograd("gatedkernels::gated_block_backward", _backward_twice)
+differentiate_once("gated_block_backward")

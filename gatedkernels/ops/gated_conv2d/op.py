@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
+from gatedkernels.ops._autograd import differentiate_once
 from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require, too_dense
 from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._select import select, select_
@@ -230,12 +231,8 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 9
 
 
-def _backward_twice(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("gated operations can be differentiated once, not twice")
-
-
 torch.library.register_autograd("gatedkernels::gated_conv2d", _backward, setup_context=_save)
-torch.library.register_autograd("gatedkernels::gated_conv2d_backward", _backward_twice)
+differentiate_once("gated_conv2d_backward")
 
 
 def gated_conv2d(

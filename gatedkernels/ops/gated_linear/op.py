@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
+from gatedkernels.ops._autograd import differentiate_once
 from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require, too_dense
 from gatedkernels.ops._select import select, select_
 from gatedkernels.ops.gated_linear.reference import (
@@ -196,12 +197,8 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 5
 
 
-def _backward_twice(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("gated operations can be differentiated once, not twice")
-
-
 torch.library.register_autograd("gatedkernels::gated_linear", _backward, setup_context=_save)
-torch.library.register_autograd("gatedkernels::gated_linear_backward", _backward_twice)
+differentiate_once("gated_linear_backward")
 
 
 def gated_linear(

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
+from gatedkernels.ops._autograd import differentiate_once
 from gatedkernels.ops._backends import Backend, refuse, require
 from gatedkernels.ops._widths import Width, check_width, equal_widths, put, take
 from gatedkernels.ops.sliced_linear.reference import sliced_linear_backward_reference, sliced_linear_reference
@@ -120,12 +121,8 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
 
 
-def _backward_twice(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("sliced operations with a width for every sample can be differentiated once, not twice")
-
-
 torch.library.register_autograd("gatedkernels::sliced_linear", _backward, setup_context=_save)
-torch.library.register_autograd("gatedkernels::sliced_linear_backward", _backward_twice)
+differentiate_once("sliced_linear_backward", "sliced operations with a width for every sample")
 
 
 def sliced_linear(
