@@ -107,6 +107,25 @@ struct OutTiles {
     });
   }
 
+  // The one pixel of the tile in the corner: the first one of a tile is the sum of nine components.
+  static float corner_pixel(const float* weight, const Components& v, int64_t C) {
+    Vector<L> sum[3] = {};
+    for (int r = 0; r < 3; ++r) {
+#pragma GCC unroll 3
+      for (int s = 0; s < 3; ++s) {
+        const float *u = weight + (4 * r + s) * C, *in = v.corner(r, s);
+        int64_t c = 0;
+        for (; c + L <= C; c += L) sum[s] += load<L>(u + c) * load<L>(in + c);
+        const int rest = static_cast<int>(C - c);
+        if (rest) sum[s] += load_first<L>(u + c, rest) * load_first<L>(in + c, rest);
+      }
+    }
+    const Vector<L> all = sum[0] + sum[1] + sum[2];
+    float pixel = 0;
+    for (int i = 0; i < L; ++i) pixel += all[i];
+    return pixel;
+  }
+
   static_assert(kMostChannels * 16 + 4 <= 148, "tile_scratch counts on it");
 
   static void run(const OutConv& conv, const TileGrid& grid, Strip strip, const Components& v,
@@ -122,7 +141,9 @@ struct OutTiles {
     static constexpr auto kHalf = by_channels<(L > 8 ? 8 : 4), 1>();
     static constexpr auto kQuad = by_channels<4, 1>();
 
-    // The strip's last tiles, if they are few, go into shorter vectors.
+    // The strip's last tiles, if they are few, go into shorter vectors, and a single one of one pixel into none.
+    const bool corner = has_lone_corner(grid, strip);
+    if (corner) --strip.last;
     const int tiles = strip.tiles(), over = tiles % L;
     const int narrow = over == 0 ? 0 : over <= 4 && L > 4 ? 4 : over <= 8 && L > 8 ? 8 : 0;
     const int vectors = tiles / L + (over && !narrow);
@@ -150,8 +171,13 @@ struct OutTiles {
                                                 scratch + done * L, v.pitch);
       }
       for (int t = 0; t < many; ++t) {
-        finish(conv, grid, strip, scratch + t * 16 * v.pitch, v.pitch, conv.bias ? conv.bias[channels[j + t]] : 0.0f,
-               planes + (j + t) * conv.plane, lines);
+        const float bias = conv.bias ? conv.bias[channels[j + t]] : 0.0f;
+        float* const plane = planes + (j + t) * conv.plane;
+        finish(conv, grid, strip, scratch + t * 16 * v.pitch, v.pitch, bias, plane, lines);
+        if (corner) {
+          const float pixel = corner_pixel(weight[t], v, conv.C) + bias;
+          plane[int64_t{grid.size.OH} * grid.size.OW - 1] = conv.relu && pixel < 0 ? 0 : pixel;
+        }
       }
       j += many;
     }
