@@ -98,7 +98,7 @@ inline int64_t tile_scratch(const TileGrid& grid, int64_t tiles) {
   const int64_t rows = (tiles + grid.columns - 2) / grid.columns + 2;
   const int64_t table = (rows * (grid.columns + 1) + 15) / 16 * 16;
   const int64_t splitting = 16 * (4 * table + 16) + 4 * table, multiplying = 148 * Components::pitch_of(tiles);
-  constexpr int64_t kGathering = 16 * 12 * 32;
+  constexpr int64_t kGathering = 16 * 36 * 32;
   return splitting + multiplying + kGathering;
 }
 // Linear: some tokens times one panel of at most kBlock units.
