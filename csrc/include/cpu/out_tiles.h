@@ -20,11 +20,19 @@ struct OutTiles {
 
   static int64_t weight_row(int64_t C) { return 16 * C + 16; }
 
-  // products[t][component][lanes]. Meanwhile come the `next` weights, where they are not null.
+  // Weights to bring nearer meanwhile: rows, or null, cache line by line from `line` on, one in `every` lines' time.
+  struct Ahead {
+    const float* const* rows;
+    int64_t line;
+    int every;
+  };
+
+  // products[t][component][lanes].
   template <int M, int P, int T>
-  static void multiply(const float* const* weight, const float* const* next, const float* v, int64_t pitch,
-                       int64_t step, int64_t C, float* products, int64_t product_step) {
-    constexpr int kLine = 16;  // of the cache
+  static void multiply(const float* const* weight, Ahead ahead, const float* v, int64_t pitch, int64_t step, int64_t C,
+                       float* products, int64_t product_step) {
+    constexpr int kLine = 16;  // floats
+    int wait = ahead.every;
     const float* w[T];
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) w[t] = weight[t];
@@ -32,8 +40,9 @@ struct OutTiles {
       Vector<M> sum[P][T] = {};
       const float* in = v;
       for (int64_t c = 0; c < C; ++c, in += pitch) {
-        if (next && c % kLine == 0) {
-          for (int t = 0; t < T; ++t) __builtin_prefetch(next[t] + component * C + c, 0, 2);
+        if (ahead.rows && c % kLine == 0 && --wait == 0) {
+          for (int t = 0; t < T; ++t) __builtin_prefetch(ahead.rows[t] + ahead.line * kLine, 0, 2);
+          ++ahead.line, wait = ahead.every;
         }
         Vector<M> values[P];
 #pragma GCC unroll 4
@@ -60,8 +69,7 @@ struct OutTiles {
     }
   }
 
-  using Multiply = void (*)(const float* const*, const float* const*, const float*, int64_t, int64_t, int64_t, float*,
-                            int64_t);
+  using Multiply = void (*)(const float* const*, Ahead, const float*, int64_t, int64_t, int64_t, float*, int64_t);
 
   template <int M, int P>
   static constexpr auto by_channels() {
@@ -147,7 +155,7 @@ struct OutTiles {
     const int tiles = strip.tiles(), over = tiles % L;
     const int narrow = over == 0 ? 0 : over <= 4 && L > 4 ? 4 : over <= 8 && L > 8 ? 8 : 0;
     const int vectors = tiles / L + (over && !narrow);
-    const int groups = (vectors + kMostVectors - 1) / kMostVectors;
+    const int groups = (vectors + kMostVectors - 1) / kMostVectors, passes = groups + (narrow > 0);
     const int widest = groups ? (vectors + groups - 1) / groups : 1;
     const int most = channels_for(widest), parts = (count + most - 1) / most;
     float* const lines = scratch + kMostChannels * 16 * v.pitch;
@@ -159,16 +167,13 @@ struct OutTiles {
       const float* const* next = far > j && far + many <= listed ? ahead : nullptr;
       for (int t = 0; next && t < many; ++t) ahead[t] = conv.weight + channels[far + t] * weight_row(conv.C);
       int done = 0;
-      for (int group = 0; group < groups; ++group) {
-        const int wide = (vectors - done + groups - group - 1) / (groups - group);
-        kWide[wide - 1][many - 1](weight, next, v.data + done * L, v.pitch, v.step, conv.C, scratch + done * L,
-                                  v.pitch);
+      for (int pass = 0; pass < passes; ++pass) {
+        const bool is_narrow = pass == groups;
+        const int wide = is_narrow ? 0 : (vectors - done + groups - pass - 1) / (groups - pass);
+        const Multiply run_pass = is_narrow ? (narrow == 8 ? kHalf : kQuad)[many - 1] : kWide[wide - 1][many - 1];
+        run_pass(weight, {next, conv.C * pass / passes, passes}, v.data + done * L, v.pitch, v.step, conv.C,
+                 scratch + done * L, v.pitch);
         done += wide;
-        next = nullptr;
-      }
-      if (narrow) {
-        (narrow == 8 ? kHalf : kQuad)[many - 1](weight, next, v.data + done * L, v.pitch, v.step, conv.C,
-                                                scratch + done * L, v.pitch);
       }
       for (int t = 0; t < many; ++t) {
         const float bias = conv.bias ? conv.bias[channels[j + t]] : 0.0f;
