@@ -16,7 +16,7 @@ SCHEMAS = (
     " SymInt groups, bool dense_input_grad, bool[3] output_mask, str backend, float threshold)"
     " -> (Tensor, Tensor, Tensor)",
     "gated_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
-    " Tensor? residual, SymInt[2] stride, str backend, float threshold) -> Tensor",
+    " Tensor? residual, SymInt[2] stride, str backend) -> Tensor",
     # The block where gradients are wanted: it keeps the hidden activation for them, as its kernels left it.
     "gated_block_kept(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
     " Tensor? residual, SymInt[2] stride, float threshold) -> (Tensor, Tensor)",
@@ -66,6 +66,10 @@ SCHEMAS = (
     " SymInt out_channels, SymInt stride, bool relu) -> Tensor",
     "packed_stem(Tensor x, Tensor weight, Tensor bias, SymInt stride, SymInt padding, bool relu, bool pool) -> Tensor",
     "packed_pool(Tensor x) -> Tensor",
+    # Stem, residual blocks and pooling: stride, padding, ReLU and pooling of the stem; the tensors of each block from
+    # gate_weight1 to shortcut_bias as packed_residual has them, its mask if it is given, and its stride.
+    "packed_network(Tensor images, Tensor stem_weight, Tensor stem_bias, int[] stem, Tensor?[] parts, Tensor?[] masks,"
+    " int[] strides) -> Tensor",
 )
 
 

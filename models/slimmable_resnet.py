@@ -1,11 +1,11 @@
 """ResNets of any width, with torchvision's names."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
+from gatedkernels.models._options import check_choice, check_num_classes, start_convolutions
 from gatedkernels.models._registry import register_model
 from gatedkernels.models.gated_resnet import Stem
 from gatedkernels.nn import (
@@ -17,6 +17,7 @@ from gatedkernels.nn import (
     SlimmableNetwork,
     SwitchableBatchNorm2d,
 )
+from gatedkernels.nn.packed_trunk import PackedTrunk
 
 Norm = Literal["shared", "switchable"]
 
@@ -31,8 +32,7 @@ def make_norm(
     Raises:
         ValueError: If there is none of this name.
     """
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of {', '.join(map(repr, get_args(Norm)))}, got {norm!r}")
+    check_choice("norm", norm, Norm)
     if norm == "switchable":
         return SwitchableBatchNorm2d(channels, widths, **options)
     return SlimmableBatchNorm2d(channels, track_running_stats=track_running_stats, **options)
@@ -66,6 +66,9 @@ class SlimmableResNet(SlimmableNetwork):
 
     # Convolution, normalisation, activation and pooling before the blocks, for `optimize` to fold into one.
     foldable: ClassVar[tuple[tuple[str, str, str, str], ...]] = (("conv1", "bn1", "relu", "maxpool"),)
+    poolings: ClassVar[tuple[str, ...]] = ("avgpool",)
+    stages: ClassVar[tuple[str, ...]] = _STAGES
+    trunk: PackedTrunk | None = None  # all that comes before the classifier, in an optimised copy
 
     def __init__(
         self,
@@ -82,12 +85,10 @@ class SlimmableResNet(SlimmableNetwork):
         divisor: int = 8,
     ) -> None:
         super().__init__()
-        if stem not in get_args(Stem):
-            raise ValueError(f"stem must be one of {', '.join(map(repr, get_args(Stem)))}, got {stem!r}")
+        check_choice("stem", stem, Stem)
         if stem_padding < 0:
             raise ValueError(f"stem_padding must be at least 0, got {stem_padding}")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be positive or None, got {num_classes}")
+        check_num_classes(num_classes)
         if channels < 1:
             raise ValueError(f"channels must be positive, got {channels}")
 
@@ -109,14 +110,12 @@ class SlimmableResNet(SlimmableNetwork):
                 blocks.append(block(ins, channels << i, 2 if i > 0 and j == 0 else 1, normalise, divisor))
                 ins = (channels << i) * block.expansion
             self.add_module(stage, nn.Sequential(*blocks))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool: nn.Module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
         self.num_features = ins
         self.fc: nn.Module = nn.Identity()
         if num_classes is not None:
             self.fc = SlimmableLinear(ins, num_classes, slice_out=False, divisor=divisor)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        start_convolutions(self)
         if norm == "switchable":
             self.set_width(max(widths))
 
@@ -129,10 +128,12 @@ class SlimmableResNet(SlimmableNetwork):
         Returns:
             Logits, shape (N, num_classes), or features, of as many dimensions as the last stage has channels.
         """
+        if self.trunk and self.trunk.takes(x):
+            return self.fc(self.trunk(x))
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in _STAGES:
             x = self.get_submodule(stage)(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.fc(self.avgpool(x))
 
 
 @register_model

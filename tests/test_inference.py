@@ -169,7 +169,7 @@ def test_float16_is_stored_and_computed_in_float32():
         y, gate = fast(x, return_gate=True)
         assert y.dtype == torch.float16
         torch.testing.assert_close(gate.mask, block(x, return_gate=True)[1].mask)
-        with pytest.raises(TypeError, match="dtype of the optimised module, torch.float16, got torch.float32"):
+        with pytest.raises(TypeError, match=r"dtype of the optimised module, torch\.float16, got torch\.float32"):
             fast(x.float())
         wide = copy.deepcopy(fast).double()
         assert wide(x.double()).dtype == torch.float64

@@ -1,7 +1,7 @@
 // The first convolution of a network, and its pooling, from images of any layout to NHWC pixels.
 #include <algorithm>
 
-#include "tensors.h"
+#include "stem.h"
 
 namespace gatedkernels {
 namespace {
@@ -44,8 +44,8 @@ void pad_rows(const Tensor& x, int64_t sample, int64_t padding, int64_t from, in
   }
 }
 
-// Pixels of pooling by 3 x 3 windows of stride 2 and padding 1: output row `row` of an image of OH x OW pixels, of which
-// `conv` holds the rows from `first` on.
+// Pixels of pooling by 3 x 3 windows of stride 2 and padding 1: output row `row` of an image of OH x OW pixels, of
+// which `conv` holds the rows from `first` on.
 template <class Element>
 void pool_row(const StemKernels<Element>& run, const Element* conv, int64_t first, int64_t row, int64_t OH, int64_t OW,
               int64_t K, Element* y) {
@@ -112,10 +112,11 @@ Tensor packed_stem(const Tensor& x, const Tensor& weight, const Tensor& bias, in
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && x.is_cpu(), "x is (N, C, H, W) on the CPU, weight is packed");
   STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type() && x.scalar_type() == bias.scalar_type(),
                   "x, weight and bias share a dtype");
-  STD_TORCH_CHECK(weight.is_contiguous() && weight.size(0) == ceil_div(bias.size(0), kBlock) && weight.size(2) == weight.size(1) * x.size(1) &&
-                      weight.size(3) == kBlock && bias.is_contiguous(),
+  STD_TORCH_CHECK(weight.is_contiguous() && weight.size(0) == ceil_div(bias.size(0), kBlock) &&
+                      weight.size(2) == weight.size(1) * x.size(1) && weight.size(3) == kBlock && bias.is_contiguous(),
                   "weight is packed as (K / 32, S, S * C, 32)");
-  STD_TORCH_CHECK(x.size(2) + 2 * padding >= weight.size(1) && x.size(3) + 2 * padding >= weight.size(1), "the window fits into the padded image");
+  STD_TORCH_CHECK(std::min(x.size(2), x.size(3)) + 2 * padding >= weight.size(1),
+                  "the window fits into the padded image");
   if (x.scalar_type() == ScalarType::BFloat16) {
     if (const Bf16Kernels* run = bf16_kernels()) {
       return run_stem<Bf16>({run->stem_rows, run->max_pixels}, x, weight, bias, stride, padding, relu, pool);

@@ -55,9 +55,7 @@ def test_groups(groups: int, dtype: torch.dtype):
     in_mask, out_mask = random_mask(3, 8), random_mask(3, 16)
     y, gate = conv(x, in_mask=in_mask, return_gate=True)
     torch.testing.assert_close(y, by_definition(conv, x, in_mask, gate.mask))
-    torch.testing.assert_close(
-        conv(x, in_mask=in_mask, out_mask=out_mask), by_definition(conv, x, in_mask, out_mask)
-    )
+    torch.testing.assert_close(conv(x, in_mask=in_mask, out_mask=out_mask), by_definition(conv, x, in_mask, out_mask))
 
 
 @pytest.mark.parametrize("training", [True, False])

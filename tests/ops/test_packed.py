@@ -201,7 +201,9 @@ def test_packed_block_never_reads_closed_channels(active: int, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_block_leaves_nothing_behind(dtype: torch.dtype):
     """What a call leaves in the threads' scratch memory, NaN here, does not reach the next one."""
-    weight1, weight2, bias = (t.to(dtype) for t in (torch.randn(96, 32, 3, 3), torch.randn(32, 96, 3, 3), torch.zeros(96)))
+    weight1, weight2, bias = (
+        t.to(dtype) for t in (torch.randn(96, 32, 3, 3), torch.randn(32, 96, 3, 3), torch.zeros(96))
+    )
     packed = pack_rows(weight1), bias, pack_blocks(weight2), bias[:32], pack_tile_rows(weight1)
     tiles2, mask = pack_tile_blocks(weight2), torch.ones(2, 96, dtype=torch.bool)
     x = torch.randn(2, 32, 11, 9).to(dtype)
@@ -226,9 +228,7 @@ STEMS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("shape", STEMS, ids=str)
-def test_packed_stem(
-    shape: tuple[int, ...], pool: bool, dtype: torch.dtype, layout: str, images, assert_within_budget
-):
+def test_packed_stem(shape: tuple[int, ...], pool: bool, dtype: torch.dtype, layout: str, images, assert_within_budget):
     n, c, k, h, w, side, stride, padding = shape
 
     def operator(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -303,14 +303,24 @@ def test_definitions_serve_where_the_library_does_not(name: str, images):
     """The Python definitions, that CUDA and builds without a compiler use, compute what the library does."""
     x, mask = images((2, 8, 5, 5)), torch.rand(2, 8) < 0.5
     weight, bias = torch.randn(8, 8, 3, 3) / 9, torch.randn(8)
+    block, shortcut = (
+        (pack_rows(weight), bias, pack_blocks(weight), bias, None, None),
+        (pack_blocks(weight[:, :, :1, :1]), bias),
+    )
     arguments = {
         "channel_gate": (x, torch.randn(6, 8), torch.randn(6), torch.randn(9, 6), torch.randn(9)),
         "packed_block": (x, pack_rows(weight), bias, pack_blocks(weight), bias, None, None, mask, x, 1),
         "packed_conv2d": (x, pack_blocks(weight), bias, mask, ~mask, x, 8, 1, True),
+        "packed_network": (
+            x, pack_stem(weight), bias, [1, 1, 1, 0],
+            [torch.randn(6, 8), torch.randn(6), torch.randn(8, 6), torch.randn(8), *block, *shortcut,
+             *[None] * 4, *block, None, None],
+            [None, mask], [2, 1],
+        ),
         "packed_pool": (x,),
         "packed_residual": (
-            x, torch.randn(6, 8), torch.randn(6), torch.randn(8, 6), torch.randn(8), pack_rows(weight), bias,
-            pack_blocks(weight), bias, None, None, pack_blocks(weight[:, :, :1, :1]), bias, None, 1,
+            x, torch.randn(6, 8), torch.randn(6), torch.randn(8, 6), torch.randn(8), *block, *shortcut,
+            None, 1,
         ),
         "packed_stem": (x, pack_stem(weight), bias, 1, 1, True, True),
     }[name]  # fmt: skip
@@ -384,6 +394,18 @@ def test_registration(n: int, stride: int, images):
         (ops.channel_gate, (x, torch.randn(6, 8), torch.randn(6), torch.randn(9, 6), torch.randn(9))),
         (ops.packed_block, (x, pack_rows(weight), bias, pack_blocks(weight), bias, None, None, mask, None, stride)),
         (ops.packed_conv2d, (x, pack_blocks(weight), bias, mask, ~mask, None, 8, stride, True)),
+        (
+            ops.packed_network,
+            (
+                x,
+                pack_stem(weight),
+                bias,
+                [stride, 1, 1, 0],
+                [None] * 4 + [pack_rows(weight), bias, pack_blocks(weight), bias] + [None] * 4,
+                [mask],
+                [1],
+            ),
+        ),
         (ops.packed_pool, (x,)),
         (
             ops.packed_residual,

@@ -19,7 +19,7 @@ struct Bf16Kernels {
   // As in Kernels; x holds planes, channel_step is from pair to pair.
   void (*in_rows)(const InConvOf<Bf16>&, const Bf16* x, const int32_t* channels, int count, int block, int last,
                   int row, int end, const Bf16* residual, Bf16* y);
-  // As in Kernels, all channels of the image or all planes; C is even. Components are pairs of channels, float by float.
+  // As in Kernels, all channels of the image or all planes; C is even. Components are pairs of channels, one a float.
   void (*image_tiles)(const TileGrid&, Strip, const Bf16* x, int64_t C, const Components&, float* scratch);
   void (*plane_tiles)(const TileGrid&, Strip, const Bf16* planes, int64_t plane, int pairs, const Components&,
                       float* scratch);

@@ -1,5 +1,5 @@
-// Winograd's tiles in bfloat16: what tiles.h, out_tiles.h and in_tiles.h do, on pairs of neighbouring input channels that
-// share a lane. Pixels and weights are bfloat16, transforms are computed in float32 and components rounded once; the
+// Winograd's tiles in bfloat16: what tiles.h, out_tiles.h and in_tiles.h do, on pairs of neighbouring input channels
+// that share a lane. Pixels and weights are bfloat16, transforms are computed in float32 and components rounded once; the
 // products of pairs are added in float32. AVX512-BF16, as bfloat16.h.
 //
 // Where pairs are only moved they pass for floats.
@@ -30,14 +30,9 @@ struct Pairs {
       const __m256i order = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
       return (Vector<M>)_mm256_permutexvar_epi16(order, (__m256i)_mm256_cvtne2ps_pbh(b, a));
     } else {
-      Quad wide[2] = {};
-      __builtin_memcpy(&wide[0], &a, sizeof a);
-      __builtin_memcpy(&wide[1], &b, sizeof b);
-      const __m128i halves = (__m128i)_mm_cvtne2ps_pbh(wide[1], wide[0]);
-      const Quad pairs = (Quad)_mm_unpacklo_epi16(halves, _mm_unpackhi_epi64(halves, halves));
-      Vector<M> narrow;
-      __builtin_memcpy(&narrow, &pairs, sizeof narrow);
-      return narrow;
+      static_assert(M == 4);
+      const __m128i halves = (__m128i)_mm_cvtne2ps_pbh(b, a);
+      return (Vector<M>)_mm_unpacklo_epi16(halves, _mm_unpackhi_epi64(halves, halves));
     }
   }
 
@@ -69,7 +64,7 @@ struct PairTiles {
   // registers.
   static __attribute__((noinline)) void transform_row(const float* corner, int64_t table, int64_t pitch, int count,
                                                       float* to, int64_t step) {
-    cover<16>(count, [=](int i, auto lanes) __attribute__((always_inline)) {
+    cover_beyond<16>(count, [=](int i, auto lanes) __attribute__((always_inline)) {
       constexpr int M = decltype(lanes)::value;
       using P = Pairs<M>;
       auto entry = [&](int c, int r) __attribute__((always_inline)) {
@@ -207,8 +202,8 @@ struct InPairTiles {
     }
   }
 
-  using Multiply = void (*)(const Bf16*, int64_t, const Bf16*, const float*, int64_t, int64_t, const int32_t*, int, bool,
-                            float*);
+  using Multiply = void (*)(const Bf16*, int64_t, const Bf16*, const float*, int64_t, int64_t, const int32_t*, int,
+                            bool, float*);
 
   // As InTiles::finish: one tile of `valid` output channels.
   static GK_INLINE void finish(const InConvOf<Bf16>& conv, const float* products, int64_t step, int rows, int columns,
