@@ -1,5 +1,7 @@
 // The channel gate at inference: pooling, two small layers and the threshold, in one pass; and the pooling alone.
 #include <algorithm>
+#include <bit>
+#include <vector>
 
 #include "cpu/bring.h"
 #include "gate.h"
@@ -15,20 +17,29 @@ class Layer {
   int64_t C, K;
 
   Layer(const Tensor& weight, const Tensor& bias)
-      : C(weight.size(1)), K(weight.size(0)), weight_(weight), bias_(row_major(wide(bias))) {
+      : C(weight.size(1)), K(weight.size(0)), weight_(weight), bias_(K) {
     STD_TORCH_CHECK(weight.dim() == 2 && weight.is_cpu() && weight.is_contiguous() && bias.size(0) == K,
                     "a layer of the gate has weights (K, C) and a bias (K,)");
-    if (!narrow()) check_float(weight, 2);
+    STD_TORCH_CHECK(bias.scalar_type() == weight.scalar_type() && bias.is_contiguous(), "its bias is as its weights");
+    if (!narrow()) {
+      check_float(weight, 2);
+      std::copy_n(floats(bias), K, bias_.begin());
+      return;
+    }
+    // Not by an operator: its code would be cold, and take longer than the layer.
+    const auto* from = static_cast<const uint16_t*>(bias.const_data_ptr());
+    std::transform(from, from + K, bias_.begin(),
+                   [](uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); });
   }
 
   void fetch() const { bring(static_cast<const uint8_t*>(weight_.const_data_ptr()), K * C * weight_.element_size()); }
 
   void run(const std::vector<float>& x, std::vector<float>& y) const {
     if (narrow()) {
-      kernels().linear_narrow(static_cast<const uint16_t*>(weight_.const_data_ptr()), floats(bias_), x.data(), C, K,
+      kernels().linear_narrow(static_cast<const uint16_t*>(weight_.const_data_ptr()), bias_.data(), x.data(), C, K,
                               y.data());
     } else {
-      kernels().linear(floats(weight_), floats(bias_), x.data(), C, K, y.data());
+      kernels().linear(floats(weight_), bias_.data(), x.data(), C, K, y.data());
     }
   }
 
@@ -36,7 +47,7 @@ class Layer {
   bool narrow() const { return weight_.scalar_type() == ScalarType::BFloat16; }
 
   const Tensor& weight_;
-  const Tensor bias_;
+  std::vector<float> bias_;
 };
 
 // The means of an image's pixels. bfloat16 is read as it lies where pixels are rows of channels, else in float32.
