@@ -26,7 +26,7 @@ from bench.gpu_trials import Way, backward_ways, block_ways, ceilings, conv_ways
 from bench.results import Results  # noqa: E402
 from gatedkernels.reporting.machine import versions  # noqa: E402
 
-TESTS = ("tests/ops/test_triton_kernels.py", "tests/ops/test_triton_cuda.py")
+TESTS = tuple(f"tests/ops/test_triton_{name}.py" for name in ("kernels", "schedules", "cuda"))
 
 _AGREEMENT = 0.02  # between two results in bfloat16
 

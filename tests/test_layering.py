@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Those who put a network and a method together know both.
 ASSEMBLY = {
     "training/recipes.py": {"gatedkernels.models"},
-    "gatedkernels/reporting/command.py": {"gatedkernels.training"},  # a part of cli.py: it reports on a run
+    "gatedkernels/reporting/command.py": {"gatedkernels.training", "gatedkernels.tuning"},  # a part of cli.py
 }
 
 

@@ -139,6 +139,36 @@ def _widths_table(results: dict[str, Any], measures: Sequence[str]) -> Table:
     return table
 
 
+def tune(run: Path, *, batch_sizes: Sequence[int] = (1, 16), dtype: str = "float32") -> None:
+    """Measure tiles for the Triton convolutions of a trained network on this GPU, print and store them.
+
+    Args:
+        run: Folder of a training run.
+        batch_sizes: To measure for.
+        dtype: Numbers to compute with.
+
+    Raises:
+        RunError: If the folder holds no finished epoch, its files are damaged, the device is missing, or nothing can be
+            measured or stored.
+    """
+    from gatedkernels import tuning
+    from gatedkernels.training.errors import RunError
+    from gatedkernels.training.run import load_run
+
+    if not torch.cuda.is_available():
+        raise RunError("tune measures on a CUDA device, and PyTorch finds none")
+    config, backbone = load_run(run)
+    console = Console()
+    backbone = backbone.to("cuda", getattr(torch, dtype)).eval()
+    for batch in batch_sizes:
+        images = torch.randn(batch, 3, config.image_size, config.image_size, device="cuda").to(getattr(torch, dtype))
+        try:
+            tuning.tune(optimize(backbone, images), images, progress=console.print)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise RunError(f"batch size {batch}: {error}") from error
+    console.print(f"Written to {tuning.path()}")
+
+
 def doctor() -> None:
     """Print versions, libraries found and why not, instruction sets, GPUs and policy."""
     Console().print(render(examine()))

@@ -11,6 +11,7 @@ KIB = 1 << 10
 # Shared memory that a block may have, by compute capability; a chip that is not listed gets the least.
 SHARED = {(8, 0): 163 * KIB, (8, 7): 163 * KIB, (9, 0): 227 * KIB, (10, 0): 227 * KIB, (10, 3): 227 * KIB}
 LEAST_SHARED = 99 * KIB
+GROUPED_ROWS = 64  # pixels from which warp groups multiply
 
 
 class Tile(NamedTuple):
@@ -34,9 +35,14 @@ class Tile(NamedTuple):
         """The compiler's number of stages: where weights are found through a list, its loads have their own."""
         return 2 * self.stages - 1 if listed_inputs else self.stages
 
-    def shared(self, size: int) -> int:
-        """Bytes of shared memory, about: images and weights of all stages, and a list."""
-        return self.stages * (self.rows + self.channels) * self.depth * size + KIB
+    def shared(self, size: int, capability: tuple[int, int]) -> int:
+        """Bytes of shared memory on a chip, about: images and weights of the stages in it, and lists.
+
+        Warp groups, from Hopper on, multiply from there; others from registers, where one stage lies.
+        """
+        grouped = capability >= (9, 0) and self.rows >= GROUPED_ROWS
+        stages = self.stages if grouped else self.stages - 1
+        return stages * (self.rows + self.channels) * self.depth * size + KIB
 
 
 class Configuration(NamedTuple):
@@ -135,11 +141,11 @@ def _table(few: int, some: Tile, many: Tile) -> Table:
     return {2: table, 4: tuple((most, tile._replace(depth=tile.depth // 2)) for most, tile in table)}
 
 
-# Registers let one block of 8 warps with 128 rows onto a multiprocessor of Ampere and Ada, two on Hopper: stages are
+# Registers let one block of 8 warps with 128 rows onto a multiprocessor of Ampere and Ada, two on Hopper: its stages are
 # what shared memory has room for beside that. Small tiles are to be several on a multiprocessor.
 TILES: dict[str, Table] = {
-    "ampere": _table(4, Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4)),
-    "ada": _table(3, Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
+    "ampere": _table(5, Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4)),
+    "ada": _table(4, Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 3)),
     "hopper": _table(6, Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4)),
 }
 # A list that can hold no more than 64 channels rarely fills a tile of 64: half of one wastes less.
@@ -220,7 +226,7 @@ def fits(shape: Shape, chosen: Tile, capability: tuple[int, int]) -> bool:
     """Whether a tile is worth compiling: room in shared memory, and in the registers of its threads."""
     threads = 32 * chosen.warps
     sums, images = chosen.rows * chosen.channels / threads, chosen.rows * chosen.depth / threads
-    return chosen.shared(shape.size) <= shared_memory(capability) and sums <= 64 and images <= 32
+    return chosen.shared(shape.size, capability) <= shared_memory(capability) and sums <= 64 and images <= 32
 
 
 def tiles(chosen: Configuration, shape: Shape, capability: tuple[int, int]) -> list[Configuration]:
