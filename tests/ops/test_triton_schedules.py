@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,3 +180,49 @@ def test_shipped_configurations_are_used(monkeypatch: pytest.MonkeyPatch):
     launched.clear()
     convolve(256, False)
     assert launched == [((2048, 1), 1, False)]
+
+
+class Block(torch.nn.Module):
+    """Two gated convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList([randn(20, 5, 3, 3), randn(5, 20, 3, 3)])
+        self.mask = draw(1, 20, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gk.gated_block(x, self.weights[0], None, self.weights[1], None, self.mask, backend="triton")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_tuning(finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The fastest by an injected timer is stored, and used from then on; also what was measured before it stopped."""
+    from gatedkernels.ops.ragged import launch, measured
+
+    monkeypatch.setenv("GATEDKERNELS_CACHE", str(tmp_path))
+    launch.forget()
+    lines: list[str] = []
+    times = [1.0]
+
+    def timer(call: Callable[[], None]) -> float:
+        if lines and not finished:
+            raise KeyboardInterrupt
+        times.append(0.9 * times[-1])  # the last of all is the fastest
+        return times[-1]
+
+    model, x = Block(), randn(1, 5, 3, 4)
+    exact = model(x)
+    if finished:
+        found = gk.tune(model, x, timer=timer, progress=lines.append)
+        assert [str(each) for each in found] == lines
+        assert len({each.key for each in found}) == 2
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            gk.tune(model, x, timer=timer, progress=lines.append)
+    stored = measured.measured(measured.machine(x.device))
+    assert len(stored) == len(lines) == 1 + finished
+    assert all(each.programs == 4 and each.tile.stages == 6 for each in stored.values())
+    y = model(x)
+    torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+    monkeypatch.undo()
+    launch.forget()

@@ -230,7 +230,7 @@ def fits(shape: Shape, chosen: Tile, capability: tuple[int, int]) -> bool:
 
 
 def tiles(chosen: Configuration, shape: Shape, capability: tuple[int, int]) -> list[Configuration]:
-    """The same with other tiles, none much larger than what there is."""
+    """The same with other tiles, none much larger than what there is, nor much smaller."""
     found = []
     for rows in (16, 32, 64, 128):
         for channels in (32, 64, 128):
@@ -240,7 +240,7 @@ def tiles(chosen: Configuration, shape: Shape, capability: tuple[int, int]) -> l
     useful = (
         each
         for each in found
-        if each.rows <= max(16, 2 * shape.pixels)
+        if min(shape.pixels, 256) <= 8 * each.rows <= max(128, 16 * shape.pixels)
         and each.channels <= max(32, 2 * shape.out_channels)
         and each.depth <= max(16, 2 * shape.in_channels)
     )
