@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gatedkernels import _extension
 from gatedkernels.store import FOLDER_VARIABLE as FOLDER_VARIABLE
-from gatedkernels.store import Store, own_version
+from gatedkernels.store import Store, version
 
 FORMAT = 1
 
@@ -31,7 +31,7 @@ def path() -> Path:
 
 def machine() -> str:
     """What a measurement holds for, threads aside: processor, instruction set, and whose kernels were compared."""
-    return f"{cpu_name()}, {_extension.instruction_set()}, torch {torch.__version__}, gatedkernels {own_version()}"
+    return f"{cpu_name()}, {_extension.instruction_set()}, torch {torch.__version__}, gatedkernels {version()}"
 
 
 def kind(kernel: str, weight: Tensor, channels_last: bool) -> str:

@@ -59,7 +59,14 @@ def test_candidates_fit_and_differ(shape: Shape, capability: tuple[int, int]):
 def test_keys_tell_shapes_apart():
     assert SMALL.key() == "bfloat16 out packed, 9 taps / 1 x 1, 512 > 512, 16 pixels x 4"
     assert SMALL._replace(groups=3).key() == SMALL.key()
-    for field, value in {"listed": "in", "packed": False, "numbers": "tf32", "taps": 1, "stride": 4, "spread": 4}.items():
+    for field, value in {
+        "listed": "in",
+        "packed": False,
+        "numbers": "tf32",
+        "taps": 1,
+        "stride": 4,
+        "spread": 4,
+    }.items():
         assert SMALL._replace(**{field: value}).key() != SMALL.key()
     for field in ("in_channels", "out_channels", "pixels", "groups"):
         assert SMALL._replace(**{field: 300}).key() != SMALL.key()
@@ -153,7 +160,16 @@ def test_what_was_measured_serves(measured, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("rows", 48), ("depth", 8), ("warps", 3), ("stages", 0), ("splits", 3), ("programs", -1), ("more", 1), ("rows", "?")],
+    [
+        ("rows", 48),
+        ("depth", 8),
+        ("warps", 3),
+        ("stages", 0),
+        ("splits", 3),
+        ("programs", -1),
+        ("more", 1),
+        ("rows", "?"),
+    ],
 )
 def test_what_kernels_cannot_have_is_not_believed(measured, field: str, value: object):
     from gatedkernels.ops.ragged import launch

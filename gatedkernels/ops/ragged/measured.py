@@ -9,7 +9,7 @@ import torch
 import triton
 
 from gatedkernels.ops.ragged.configurations import Configuration, Shape, Tile, configure
-from gatedkernels.store import Store, own_version
+from gatedkernels.store import Store, version
 
 FORMAT = 1
 # What the interpreter, and whoever asks without a GPU, is told.
@@ -25,7 +25,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 def machine(device: torch.device) -> str:
     """What a measurement holds for: the device, and whose code was measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    return f"{name}, triton {triton.__version__}, torch {torch.__version__}, gatedkernels {own_version()}"
+    return f"{name}, triton {triton.__version__}, torch {torch.__version__}, gatedkernels {version()}"
 
 
 def find(shape: Shape, device: torch.device) -> Configuration:
