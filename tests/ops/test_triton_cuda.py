@@ -1,6 +1,7 @@
 """What only a GPU can show of the Triton kernels: shipped tiles at full size, captured graphs, streams."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,8 +45,13 @@ def test_blocks_and_their_gradients(gradients: Callable, shape: tuple[int, int],
             assert error <= tolerance * norm, f"error {error:.3g} of {norm:.3g}"
 
 
-def test_a_graph_follows_changing_masks():
-    tensors, mask = block(64, 8, 4, torch.bfloat16), torch.rand(4, 64, device="cuda") < 0.5
+# Channels, size and batch for which the shipped schedules are the ordinary grid, a split reduction, a list of tiles.
+SCHEDULED = ((64, 8, 4), (512, 4, 1), (512, 4, 256))
+
+
+@pytest.mark.parametrize(("channels", "size", "batch"), SCHEDULED)
+def test_a_graph_follows_changing_masks(channels: int, size: int, batch: int):
+    tensors, mask = block(channels, size, batch, torch.bfloat16), torch.rand(batch, channels, device="cuda") < 0.5
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is captured must have been compiled before
@@ -55,13 +61,14 @@ def test_a_graph_follows_changing_masks():
     with torch.cuda.graph(graph):
         y = run(tensors, mask, "triton")
     for density in (0.0, 0.3, 0.9, 1.0):
-        mask.copy_(torch.rand(4, 64, device="cuda") < density)
+        mask.copy_(torch.rand_like(mask, dtype=torch.float32) < density)
         graph.replay()
         torch.testing.assert_close(y, run(tensors, mask, "triton"), rtol=0, atol=0)
 
 
-def test_no_host_synchronisation():
-    tensors, mask = block(64, 8, 4, torch.bfloat16), torch.rand(4, 64, device="cuda") < 0.5
+@pytest.mark.parametrize(("channels", "size", "batch"), SCHEDULED)
+def test_no_host_synchronisation(channels: int, size: int, batch: int):
+    tensors, mask = block(channels, size, batch, torch.bfloat16), torch.rand(batch, channels, device="cuda") < 0.5
     leaves = [t.requires_grad_() for t in tensors]
     run(leaves, mask, "triton").sum().backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -88,3 +95,21 @@ def test_a_compiled_call_is_the_same():
     tensors, mask = block(64, 8, 4, torch.bfloat16), torch.rand(4, 64, device="cuda") < 0.5
     compiled = torch.compile(lambda m, *t: run(list(t), m, "triton"), fullgraph=True)
     assert torch.equal(compiled(mask, *tensors), run(tensors, mask, "triton"))
+
+
+def test_tuned_tiles_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from gatedkernels.ops.ragged import launch, measured
+
+    monkeypatch.setenv("GATEDKERNELS_CACHE", str(tmp_path))
+    launch.forget()
+    tensors, mask = block(64, 8, 4, torch.bfloat16), torch.rand(4, 64, device="cuda") < 0.5
+    exact = run(tensors, mask, "triton")
+    model = torch.nn.Module()
+    model.forward = lambda x: run([x, *tensors[1:]], mask, "triton")
+    found = gk.tune(model, tensors[0])
+    assert len(found) == 2 and all(0 < each.milliseconds <= each.shipped for each in found)
+    assert measured.measured(measured.machine(mask.device)) == {each.key: each.configuration for each in found}
+    y = run(tensors, mask, "triton")
+    assert (y - exact).norm() <= 1e-2 * exact.norm()
+    monkeypatch.undo()
+    launch.forget()

@@ -1,4 +1,4 @@
-"""Ways through the tiles of the ragged convolution: on a GPU, or interpreted on the CPU (test_triton.py starts that)."""
+"""Ways through the ragged convolution's tiles: on a GPU, or interpreted on the CPU (test_triton.py starts that)."""
 
 import os
 from collections.abc import Callable, Iterator

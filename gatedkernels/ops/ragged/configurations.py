@@ -141,8 +141,8 @@ def _table(few: int, some: Tile, many: Tile) -> Table:
     return {2: table, 4: tuple((most, tile._replace(depth=tile.depth // 2)) for most, tile in table)}
 
 
-# Registers let one block of 8 warps with 128 rows onto a multiprocessor of Ampere and Ada, two on Hopper: its stages are
-# what shared memory has room for beside that. Small tiles are to be several on a multiprocessor.
+# Registers let one block of 8 warps with 128 rows onto a multiprocessor of Ampere and Ada, two on Hopper: its stages
+# are what shared memory has room for beside that. Small tiles are to be several on a multiprocessor.
 TILES: dict[str, Table] = {
     "ampere": _table(5, Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4)),
     "ada": _table(4, Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 3)),
@@ -152,8 +152,8 @@ TILES: dict[str, Table] = {
 NARROW = 64
 # Where all outputs are computed and pixels are many, images are fetched half as often for twice as many outputs.
 WIDE = 128
-# A launch of fewer tiles than half of this is split, so that there is a program for each multiprocessor of a large chip;
-# a part has so many steps at least. Shapes alone decide, and so the order of all sums.
+# A launch of fewer tiles than half of this is split, so that there is a program for each multiprocessor of a large
+# chip; a part has so many steps at least. Shapes alone decide, and so the order of all sums.
 SPLIT_PROGRAMS = 256
 SPLIT_MOST = 8
 SPLIT_STEPS = 8
