@@ -1,7 +1,7 @@
-"""The GPU benchmark in one script: ``python bench/gpu.py [--out FOLDER] [PART ...]``.
+"""The GPU benchmark in one command: ``python -m bench.gpu [--out FOLDER] [PART ...]``, from the root of a checkout.
 
-It needs a checkout and a python with PyTorch, Triton and pytest: no network, no installation, no compiled library. What
-is measured is written after every case, so that a run that is cut short has lost nothing.
+It needs that checkout and a python with PyTorch, Triton and pytest: no network, no installation, no compiled library.
+What is measured is written after every case, so that a run that is cut short has lost nothing.
 """
 
 import argparse
@@ -15,15 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402 - needs the path
-
-from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SCHEDULED, SMALL_BATCHES, TUNED, GpuBlock  # noqa: E402
-from bench.gpu_plot import plots  # noqa: E402
-from bench.gpu_time import measure  # noqa: E402
-from bench.gpu_trials import (  # noqa: E402
+from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SCHEDULED, SMALL_BATCHES, TUNED, GpuBlock
+from bench.gpu_plot import plots
+from bench.gpu_time import measure
+from bench.gpu_trials import (
     TunedBlock,
     Way,
     backward_ways,
@@ -33,9 +30,10 @@ from bench.gpu_trials import (  # noqa: E402
     network_ways,
     schedule_ways,
 )
-from bench.results import Results  # noqa: E402
-from gatedkernels.reporting.machine import versions  # noqa: E402
+from bench.results import Results
+from gatedkernels.reporting.machine import versions
 
+ROOT = Path(__file__).resolve().parents[1]
 TESTS = tuple(f"tests/ops/test_triton_{name}.py" for name in ("kernels", "schedules", "cuda"))
 
 _AGREEMENT = 0.02  # between two results in bfloat16
@@ -226,7 +224,7 @@ def save(out: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m bench.gpu", description=__doc__)
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, or all (without {' and '.join(LONG)})"
     )
