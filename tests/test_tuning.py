@@ -35,7 +35,9 @@ def test_small_maps_are_split_and_large_batches_scheduled():
     assert configure(SMALL, (9, 0)).splits == 8
     assert configure(SMALL._replace(groups=16), (9, 0)).splits == 2
     assert configure(SMALL._replace(groups=64), (9, 0)) == Configuration(configure(SMALL, (9, 0)).tile)
-    assert configure(SMALL._replace(groups=256), (9, 0)).programs > 0
+    programs = [configure(SMALL._replace(groups=256), capability).programs for capability in CHIPS.values()]
+    assert programs == [3, 3, 4]
+    assert configure(SMALL._replace(groups=256, pixels=784), (8, 0)).programs == 2
     assert configure(LARGE, (9, 0))[1:] == (1, 0)
     assert configure(SMALL._replace(in_channels=8, taps=1), (9, 0)).splits == 1  # nothing to split
 

@@ -161,7 +161,8 @@ SPLIT_STEPS = 8
 # of which are not there where few channels are open.
 SCHEDULED_TILES = 1024
 SCHEDULED_CHANNELS = 4
-SCHEDULED_PROGRAMS = 2
+# Warps that a multiprocessor's registers have room for, at 128 a thread.
+SCHEDULED_WARPS = 16
 
 
 def shared_memory(capability: tuple[int, int]) -> int:
@@ -219,7 +220,9 @@ def configure(shape: Shape, capability: tuple[int, int]) -> Configuration:
         and shape.tiles(chosen) >= SCHEDULED_TILES
         and shape.out_channels >= SCHEDULED_CHANNELS * chosen.channels
     )
-    return Configuration(chosen, splits(shape, chosen), SCHEDULED_PROGRAMS if scheduled else 0)
+    room = shared_memory(capability) // chosen.shared(shape.size, capability)
+    programs = max(1, min(SCHEDULED_WARPS // chosen.warps, room)) if scheduled else 0
+    return Configuration(chosen, splits(shape, chosen), programs)
 
 
 def fits(shape: Shape, chosen: Tile, capability: tuple[int, int]) -> bool:
