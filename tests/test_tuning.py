@@ -11,6 +11,7 @@ import gatedkernels as gk
 from gatedkernels import cli, tuning
 from gatedkernels.ops.ragged import configurations
 from gatedkernels.ops.ragged.configurations import Configuration, Shape, Tile, configure
+from gatedkernels.training.errors import RunError
 
 SMALL = Shape("out", True, "bfloat16", 9, 1, 1, 512, 512, 16, 4)
 LARGE = Shape("in", False, "bfloat16", 9, 1, 1, 128, 128, 1024, 256)
@@ -83,8 +84,11 @@ def test_no_device_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="example must be on a CUDA device, got cpu"):
         gk.tune(torch.nn.Identity(), torch.ones(1))
-    result = CliRunner().invoke(cli.app, ["tune", str(tmp_path), "--batch-size", "0"])
-    assert result.exit_code != 0
+    assert CliRunner().invoke(cli.app, ["tune", str(tmp_path), "--batch-size", "0"]).exit_code == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(cli.app, ["tune", str(tmp_path)])
+    assert isinstance(result.exception, RunError)
+    assert "tune measures on a CUDA device" in str(result.exception)
 
 
 class Chips:
@@ -169,6 +173,7 @@ def test_what_was_measured_serves(measured, monkeypatch: pytest.MonkeyPatch):
         ("stages", 0),
         ("splits", 3),
         ("programs", -1),
+        ("programs", 2),
         ("more", 1),
         ("rows", "?"),
     ],

@@ -51,8 +51,8 @@ class Configuration(NamedTuple):
     Attributes:
         tile: What one program computes.
         splits: Parts of the reduction, whose sums a second launch adds up, always in the same order.
-        programs: So many programs on a multiprocessor share a list of the tiles that have something to compute; 0: a
-            program for each tile that there can be.
+        programs: So many programs on a multiprocessor share a list of the tiles that have something to compute, none of
+            them split; 0: a program for each tile that there can be.
     """
 
     tile: Tile
@@ -123,30 +123,34 @@ class Shape(NamedTuple):
 Table = dict[int, tuple[tuple[float, Tile], ...]]
 
 
-def _table(few: int, some: Tile, many: Tile) -> Table:
+def _table(few: int, some: int, many: int, many_of_four_bytes: int) -> Table:
     """By bytes of a number and pixels of a list: the first row whose bound is not exceeded.
 
     Args:
         few: Stages for lists of few pixels, which are bound by fetching weights, whatever the tile.
-        some: The tile for 64 pixels and more, in numbers of two bytes.
+        some: For more pixels than 32.
         many: For more than 128.
+        many_of_four_bytes: Likewise, of float32, which takes more registers.
     """
-    table = (
-        (16.0, Tile(16, 64, 64, 4, few)),
-        (32.0, Tile(32, 64, 64, 4, few)),
-        (128.0, some),
-        (float("inf"), many),
-    )
-    # A number twice as wide: half as many in a step.
-    return {2: table, 4: tuple((most, tile._replace(depth=tile.depth // 2)) for most, tile in table)}
+
+    def rows(depth: int, many: int) -> tuple[tuple[float, Tile], ...]:
+        return (
+            (16.0, Tile(16, 64, depth, 4, few)),
+            (32.0, Tile(32, 64, depth, 4, few)),
+            (128.0, Tile(64, 64, depth, 4, some)),
+            (float("inf"), Tile(128, 64, depth, 8, many)),
+        )
+
+    return {2: rows(64, many), 4: rows(32, many_of_four_bytes)}
 
 
 # Registers let one block of 8 warps with 128 rows onto a multiprocessor of Ampere and Ada, two on Hopper: its stages
-# are what shared memory has room for beside that. Small tiles are to be several on a multiprocessor.
+# are what shared memory has room for beside that. Small tiles are to be several on a multiprocessor. Four stages of
+# float32 on Hopper would leave room for two blocks: Triton 3.6 then asks for as many registers, and spills on Blackwell.
 TILES: dict[str, Table] = {
-    "ampere": _table(5, Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4)),
-    "ada": _table(4, Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 3)),
-    "hopper": _table(6, Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4)),
+    "ampere": _table(5, 4, 4, 4),
+    "ada": _table(4, 4, 3, 3),
+    "hopper": _table(6, 4, 4, 3),
 }
 # A list that can hold no more than 64 channels rarely fills a tile of 64: half of one wastes less.
 NARROW = 64

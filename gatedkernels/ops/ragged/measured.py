@@ -69,7 +69,8 @@ def _parse(numbers: dict[str, Any]) -> Configuration:
     sizes = (*chosen.tile[:4], chosen.splits)  # what the compiler takes powers of two for
     if values or min(chosen.tile[:3]) < 16 or any(size & (size - 1) or not 0 < size <= 1024 for size in sizes):
         raise ValueError(numbers)
-    if not 1 <= chosen.tile.stages <= 16 or not 0 <= chosen.programs <= 32:
+    both = chosen.splits > 1 and chosen.programs
+    if not 1 <= chosen.tile.stages <= 16 or not 0 <= chosen.programs <= 32 or both:
         raise ValueError(numbers)
     return chosen
 
