@@ -145,8 +145,8 @@ def _table(few: int, some: int, many: int, many_of_four_bytes: int) -> Table:
 
 
 # Registers let one block of 8 warps with 128 rows onto a multiprocessor of Ampere and Ada, two on Hopper: its stages
-# are what shared memory has room for beside that. Small tiles are to be several on a multiprocessor. Four stages of
-# float32 on Hopper would leave room for two blocks: Triton 3.6 then asks for as many registers, and spills on Blackwell.
+# are what shared memory has room for beside that. Small tiles are to be several on a multiprocessor. With
+# four stages of float32 on Hopper, Triton 3.6 aims at two blocks' registers and spills on Blackwell.
 TILES: dict[str, Table] = {
     "ampere": _table(5, 4, 4, 4),
     "ada": _table(4, 4, 3, 3),
