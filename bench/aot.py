@@ -31,6 +31,8 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from gatedkernels.ops.channel_gate import configurations as gates  # noqa: E402
+from gatedkernels.ops.channel_gate import kernels as gate_kernels  # noqa: E402
 from gatedkernels.ops.plan import kernels as plan_kernels  # noqa: E402
 from gatedkernels.ops.ragged import gradient_kernels, kernels  # noqa: E402
 from gatedkernels.ops.ragged.configurations import GRADIENT_TILES, GradientTile, Tile, shipped  # noqa: E402
@@ -149,8 +151,28 @@ def weight_gradient(listed: str, numbers: str, tile: GradientTile) -> Case:
     return Case(name, kernel, {**pointers, "partial": "*fp32"}, constants, tile.warps, tile.stages, tile.outputs)
 
 
+def gate(kind: str, numbers: str, size: str, tile: gates.GateTile) -> Case:
+    """A gate of images, with its list ("lists") or with the number of its largest logit ("codes")."""
+    outputs = {"mask": "*i1", "index": "*i32", "count": "*i32", "codes": "*i32"}
+    kept = {"codes"} if kind == "codes" else outputs.keys() - {"codes"}
+    layers = dict.fromkeys(("weight1", "bias1", "weight2", "bias2"), "*fp32")
+    constants = {
+        **dict.fromkeys(outputs.keys() - kept),
+        **{name.upper(): value for name, value in tile._asdict().items() if name != "warps"},
+        "x_stride_c": 1,
+        "group": 1,
+        "GROUP": 1,
+    }
+    pointers = {"x": f"*{numbers}", **layers, **{name: outputs[name] for name in kept}}
+    return Case(f"gate {kind} {numbers}, {size}", gate_kernels.gate_kernel, pointers, constants, tile.warps, 3)
+
+
 def cases() -> Iterator[Case]:
     """Everything that is shipped."""
+    for size, tile_ in gates.shipped().items():
+        yield gate("lists", "bf16", size, tile_)
+    yield gate("lists", "fp32", size, tile_)
+    yield gate("codes", "bf16", size, tile_)
     lists = {"index": "*i32", "count": "*i32"}
     yield Case(
         "plan", plan_kernels.plan_kernel, {"mask": "*i1", **lists}, {"order": None, "CHUNK": plan_kernels.CHUNK}, 4, 3

@@ -313,7 +313,7 @@ class PackedBasicBlock(PackedResidual):
         return (
             gate is not None
             and not _is_heard(gate)
-            and self.group == 1
+            and (self.group == 1 or x.device.type == "cuda")
             and _is_native(x)
             and self.shapes[0].stride in ((1, 1), (2, 2))
             and (downsample is None or (downsample.is_packed and downsample.extra_padding == 0))

@@ -13,17 +13,18 @@ from gatedkernels import policy
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+INTERPRETED_TESTS = [HERE / f"test_{name}_kernels.py" for name in ("triton", "gate")]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.mark.skipif(INTERPRETED, reason="test_triton_kernels.py runs in this process")
+@pytest.mark.skipif(INTERPRETED, reason="the kernels' tests run in this process")
 def test_the_kernels_interpreted():
     """Triton reads TRITON_INTERPRET when it is imported: a process of its own."""
     triton = pytest.importorskip("triton")
     if triton.__version__.startswith("3.6."):
         pytest.skip("the interpreter of Triton 3.6 does not run on NumPy 2.4")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "test_triton_kernels.py"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *INTERPRETED_TESTS],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,

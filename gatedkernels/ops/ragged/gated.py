@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._select import select
+from gatedkernels.ops.channel_gate.launch import channel_gate
 from gatedkernels.ops.ragged.groups import equal_groups, similar_groups
 from gatedkernels.ops.ragged.launch import (
     ALL,
@@ -172,6 +173,23 @@ def packed_block(
     """``gated_block`` from the weights of `optimize` as they lie: rows (M, 3, 3, C), blocks (⌈K / 32⌉, M, 3, 3, 32)."""
     block = Block(weight1.permute(0, 3, 1, 2), bias1, weight2, bias2, len(bias2))
     return block.run(x, plan(mask), residual, stride)
+
+
+def packed_residual(
+    x: Tensor,
+    layers: Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    mask: Tensor | None,
+    residual: Tensor,
+    stride: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """``packed_block`` with its gate, and what that decided: three launches, or four with a given mask."""
+    block = Block(weight1.permute(0, 3, 1, 2), bias1, weight2, bias2, len(bias2))
+    decided, lists = channel_gate(x, layers, len(bias1) // len(layers[3]), listed=mask is None)
+    return block.run(x, lists if mask is None else plan(mask), residual, stride), decided
 
 
 def packed_shortcut(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
