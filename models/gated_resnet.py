@@ -32,6 +32,8 @@ class GatedResNet(nn.Module):
         group: Neighbouring channels that share one decision.
         separate_norm: Whether the branches have normalisations of their own.
         gate_bias: Initial value of the gates' last bias; None: they have none.
+        codebook: Masks that each gate has, every sample picking one of them (`CodebookGate`), which suits GPUs; None:
+            gates decide about every channel by itself.
 
     Raises:
         ValueError: If the stem does not exist, a size is out of range, or ``group`` does not divide a width.
@@ -54,6 +56,7 @@ class GatedResNet(nn.Module):
         group: int = 1,
         separate_norm: bool = True,
         gate_bias: float | None = None,
+        codebook: int | None = None,
     ) -> None:
         super().__init__()
         if stem not in get_args(Stem):
@@ -73,11 +76,13 @@ class GatedResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         channels = planes
+        options: dict[str, Any] = {
+            "group": group, "separate_norm": separate_norm, "gate_bias": gate_bias, "codebook": codebook
+        }  # fmt: skip
         for i, (stage, depth) in enumerate(zip(_STAGES, layers, strict=True)):
             blocks = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                options: dict[str, Any] = {"group": group, "separate_norm": separate_norm, "gate_bias": gate_bias}
                 blocks.append(block(channels, planes << i, stride, **options))
                 channels = (planes << i) * block.expansion
             self.add_module(stage, nn.Sequential(*blocks))

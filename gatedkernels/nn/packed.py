@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 from gatedkernels.nn.blocks import Branch, GatedBasicBlock, GatedBottleneck
+from gatedkernels.nn.codebook import CodebookGate
 from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm
-from gatedkernels.nn.gate import ChannelGate, Gate
+from gatedkernels.nn.gate import Gate, GateLogits
 from gatedkernels.nn.gated_conv import GatedConv2d
 from gatedkernels.nn.masks import check_mask, spread
 from gatedkernels.nn.pages import on_large_pages
 from gatedkernels.nn.slimmable_blocks import SlimmableBasicBlock, SlimmableBottleneck, SlimmableResidual
+from gatedkernels.ops.channel_gate.reference import channel_gate_reference
 from gatedkernels.ops.gated_block.op import gated_block
 from gatedkernels.ops.gated_conv2d.op import gated_conv2d
 from gatedkernels.ops.packed import (
@@ -30,6 +32,7 @@ from gatedkernels.ops.packed import (
     unpack_rows,
     worth_tiles,
 )
+from gatedkernels.ops.plan.reference import plan_reference
 
 _ops = torch.ops.gatedkernels
 _NATIVE = (torch.float32, torch.bfloat16)
@@ -56,7 +59,7 @@ class Packed(nn.Module):
 
 
 class PackedGate(Packed):
-    """A channel gate, its normalisation folded; returns the mask alone."""
+    """A gate, its normalisation folded; returns the mask alone."""
 
     is_gate = True
     weight1: Tensor
@@ -64,7 +67,7 @@ class PackedGate(Packed):
     weight2: Tensor
     bias2: Tensor
 
-    def __init__(self, gate: ChannelGate) -> None:
+    def __init__(self, gate: GateLogits) -> None:
         super().__init__()
         weight1, bias1 = fold_norm(gate.conv1.weight, gate.conv1.bias, gate.bn)
         weight2, bias2 = gate.conv2.weight.flatten(1), gate.conv2.bias
@@ -76,8 +79,17 @@ class PackedGate(Packed):
         )
         self.shapes = ConvShape.of(gate.conv1), ConvShape.of(gate.conv2)
         # What is opened instead of the gate's decision for so many samples; see `fix_gates`.
-        self.fixed: Callable[[int], Tensor] | None = None
+        self.fixed: Callable[[int], Any] | None = None
         self.eval()
+
+    @property
+    def decisions(self) -> int:
+        """How many channels, or groups of them, are decided about."""
+        return len(self.bias2)
+
+    def layers(self) -> list[Tensor]:
+        """Weights and bias of the hidden layer and of the last one."""
+        return list(map(self._buffers.__getitem__, _WEIGHTS))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""
@@ -86,14 +98,46 @@ class PackedGate(Packed):
 
     def _decide(self, x: Tensor) -> Tensor:
         check_images(x, self.shapes[0].in_channels, self.weight1, is_computed=True)
-        if _is_native(x):
-            return _ops.channel_gate(x, *map(self._buffers.__getitem__, _WEIGHTS))
-        hidden = nn.functional.linear(x.mean((2, 3)), self.weight1, self.bias1).relu()
-        return nn.functional.linear(hidden, self.weight2, self.bias2) >= 0
+        return _ops.channel_gate(x, *self.layers()) if _is_native(x) else channel_gate_reference(x, *self.layers())
 
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
         """Cost of the gate's layers; see `gatedkernels.nn.flops`."""
         return [conv_cost(f"conv{i + 1}", shape, (1, 1), is_overhead=True) for i, shape in enumerate(self.shapes)]
+
+
+class PackedCodebookGate(PackedGate):
+    """A gate that picks masks from a table, with the lists of these; returns the mask alone."""
+
+    table: Tensor
+    index: Tensor
+    count: Tensor
+
+    def __init__(self, gate: CodebookGate) -> None:
+        super().__init__(gate)
+        table = gate.masks >= 0
+        index, count = plan_reference(_spread(table, gate.group))
+        self._keep(table=table, index=index, count=count)
+
+    @property
+    def decisions(self) -> int:
+        """How many channels, or groups of them, are decided about."""
+        return self.table.shape[1]
+
+    @property
+    def codebook(self) -> int:
+        """How many masks there are."""
+        return len(self.table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""
+        check_images(x, self.shapes[0].in_channels, self.weight1, is_computed=True)
+        codes = _ops.code_gate(x, *self.layers())
+        table, codes = (self.table, codes) if self.fixed is None else self.fixed(len(x))
+        return table[codes]
+
+
+def _packed_gate(gate: GateLogits) -> PackedGate:
+    return PackedCodebookGate(gate) if isinstance(gate, CodebookGate) else PackedGate(gate)
 
 
 class PackedConv2d(Packed):
@@ -212,7 +256,7 @@ class PackedResidual(Packed):
         self.gate_names = block.gate_names
         self.shapes = [ConvShape.of(conv) for conv in block.convs()]
         for name in self.gate_names:
-            self.add_module(name, PackedGate(getattr(block, name)) if branch == "gated" else None)
+            self.add_module(name, _packed_gate(getattr(block, name)) if branch == "gated" else None)
         self.downsample = None
         if block.downsample is not None:
             conv, norm = block.downsample
@@ -313,7 +357,7 @@ class PackedBasicBlock(PackedResidual):
         return (
             gate is not None
             and not _is_heard(gate)
-            and (self.group == 1 or x.device.type == "cuda")
+            and (x.device.type == "cuda" or (self.group == 1 and not isinstance(gate, PackedCodebookGate)))
             and _is_native(x)
             and self.shapes[0].stride in ((1, 1), (2, 2))
             and (downsample is None or (downsample.is_packed and downsample.extra_padding == 0))
@@ -322,12 +366,25 @@ class PackedBasicBlock(PackedResidual):
 
     def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gate = cast(PackedGate, self._modules["gate"])
+        if isinstance(gate, PackedCodebookGate):
+            return self._run_coded(x, gate)
         fixed = None if gate.fixed is None else gate.fixed(len(x))
         decision = map(gate._buffers.__getitem__, _WEIGHTS)
         weights = map(self._buffers.__getitem__, _BLOCK_WEIGHTS)  # the attributes, without the search for them
         shortcut = (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
         y, decided = _ops.packed_residual(x, *decision, *weights, *shortcut, fixed, self.shapes[0].stride[0])
         return y, decided if fixed is None else fixed
+
+    def _run_coded(self, x: Tensor, gate: PackedCodebookGate) -> tuple[Tensor, Tensor]:
+        table, codes, lists = gate.table, None, (gate.index, gate.count)
+        if gate.fixed is not None:
+            table, codes = gate.fixed(len(x))
+            lists = _ops.plan(_spread(table, self.group))
+        weights = (self.weight1, self.bias1, self.weight2, self.bias2)
+        shortcut = (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
+        stride = self.shapes[0].stride[0]
+        y, decided = _ops.packed_coded_residual(x, *gate.layers(), *weights, *lists, codes, *shortcut, stride)
+        return y, table[decided if codes is None else codes]
 
 
 class PackedBottleneck(PackedResidual):

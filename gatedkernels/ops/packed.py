@@ -197,7 +197,7 @@ def block_on_gpu(
 
 def gate_on_gpu(x: Tensor, *layers: Tensor) -> Tensor:
     """``channel_gate`` likewise, in one launch."""
-    if not _holds_gate(x, layers):
+    if not holds_gate(x, layers):
         return channel_gate_reference(x, *layers)
     from gatedkernels.ops.channel_gate import launch
 
@@ -224,7 +224,7 @@ def residual_on_gpu(
     """``packed_residual`` likewise: three launches, and one for a shortcut that convolves."""
     layers = gate_weight1, gate_bias1, gate_weight2, gate_bias2
     weights, shortcut = (weight1, bias1, weight2, bias2), (shortcut_weight, shortcut_bias)
-    if not _holds_gate(x, layers):
+    if not holds_gate(x, layers):
         return _packed_residual(x, *layers, *weights, tiles1, tiles2, *shortcut, mask, stride)
     from gatedkernels.ops.ragged import gated
 
@@ -235,7 +235,8 @@ def residual_on_gpu(
     return gated.packed_residual(x, layers, *weights, given, residual, (stride, stride))
 
 
-def _holds_gate(x: Tensor, layers: Sequence[Tensor]) -> bool:
+def holds_gate(x: Tensor, layers: Sequence[Tensor]) -> bool:
+    """Whether the Triton kernel serves a gate with these weights and biases, on images like these."""
     if policy.triton_problem(x) is not None:
         return False
     from gatedkernels.ops.channel_gate import configurations
@@ -255,16 +256,18 @@ for _name, _definition in DEFINITIONS.items():
         torch.library.impl(f"gatedkernels::{_name}", "CPU", _definition)
 
 
-def _no_gradient(ctx, *gradients):  # type: ignore[no-untyped-def]
+def refuse_gradients(ctx, *gradients):  # type: ignore[no-untyped-def]
+    """The backward of an operator that has none."""
     raise RuntimeError("an optimised module has no gradients; differentiate the original")
 
 
 for _name in DEFINITIONS:
     if _name != "channel_gate":  # its decisions carry none
-        torch.library.register_autograd(f"gatedkernels::{_name}", _no_gradient)
+        torch.library.register_autograd(f"gatedkernels::{_name}", refuse_gradients)
 
 
-def _images(x: Tensor, channels: int, stride: int) -> Tensor:
+def images_like(x: Tensor, channels: int, stride: int) -> Tensor:
+    """What blocks return, without values."""
     size = ((x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
     return x.new_empty((x.shape[0], channels, *size)).to(memory_format=torch.channels_last)
 
@@ -276,13 +279,13 @@ def _(x, weight1, bias1, weight2, bias2):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("gatedkernels::packed_block")
 def _(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride):  # type: ignore[no-untyped-def]
-    return _images(x, bias2.shape[0], stride)
+    return images_like(x, bias2.shape[0], stride)
 
 
 @torch.library.register_fake("gatedkernels::packed_residual")
 def _(x, *arguments):  # type: ignore[no-untyped-def]
     gate_bias2, bias2, stride = arguments[3], arguments[7], arguments[-1]
-    return _images(x, bias2.shape[0], stride), x.new_empty((x.shape[0], gate_bias2.shape[0]), dtype=torch.bool)
+    return images_like(x, bias2.shape[0], stride), x.new_empty((x.shape[0], gate_bias2.shape[0]), dtype=torch.bool)
 
 
 @torch.library.register_fake("gatedkernels::packed_pool")
@@ -292,7 +295,7 @@ def _(x):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("gatedkernels::packed_conv2d")
 def _(x, weight, bias, in_mask, out_mask, residual, out_channels, stride, relu):  # type: ignore[no-untyped-def]
-    return _images(x, out_channels, stride)
+    return images_like(x, out_channels, stride)
 
 
 @torch.library.register_fake("gatedkernels::packed_stem")

@@ -1,4 +1,4 @@
-"""Gates in Triton, with the lists that follow from them. This file knows neither PyTorch nor the rest of the package."""
+"""Gates in Triton, with the lists that follow from them; like every kernels.py, this knows Triton alone."""
 
 import triton
 import triton.language as tl

@@ -16,5 +16,5 @@ def channel_gate_reference(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: T
 
 
 def code_gate_reference(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    """Int64 (N,): the number of the largest logit, the first of several."""
-    return gate_logits(x, weight1, bias1, weight2, bias2).argmax(1)
+    """Int32 (N,): the number of the largest logit, the first of several."""
+    return gate_logits(x, weight1, bias1, weight2, bias2).argmax(1).int()

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._select import select
-from gatedkernels.ops.channel_gate.launch import channel_gate
+from gatedkernels.ops.channel_gate.launch import channel_gate, code_gate
+from gatedkernels.ops.ragged.configurations import together
 from gatedkernels.ops.ragged.groups import equal_groups, similar_groups
 from gatedkernels.ops.ragged.launch import (
     ALL,
@@ -192,6 +193,35 @@ def packed_residual(
     return block.run(x, lists if mask is None else plan(mask), residual, stride), decided
 
 
+def packed_coded_residual(
+    x: Tensor,
+    layers: Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lists: List,
+    codes: Tensor | None,
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    """``packed_residual`` of a codebook whose lists are there already, and the codes that the gate decided on.
+
+    Three launches, or four where images are small and samples of one code share what is fetched.
+    """
+    decided = code_gate(x, layers)
+    residual = x
+    if shortcut_weight is not None and shortcut_bias is not None:
+        residual = packed_shortcut(x, shortcut_weight, shortcut_bias, stride)
+    block = Block(weight1.permute(0, 3, 1, 2), bias1, weight2, bias2, len(bias2))
+    codes = decided if codes is None else codes
+    shared = max(1, min(together(residual.shape[2] * residual.shape[3]), x.shape[0]))
+    assert lists.counts is not None
+    groups = Groups(None, codes) if shared == 1 else equal_groups(codes, len(lists.counts), shared)
+    return block.run(x, lists, residual, (stride, stride), shared, groups), decided
+
+
 def packed_shortcut(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     """The dense convolution of a shortcut, from blocks (⌈K / 32⌉, C, S, S, 32)."""
     size = [(length - 1) // stride + 1 for length in x.shape[2:]]
@@ -212,9 +242,15 @@ def coded_block(
     codes: Tensor,
     residual: Tensor | None,
     stride: Sequence[int],
-    shared: int = 8,
+    shared: int | None = None,
 ) -> Tensor:
-    """``gated_block`` where every sample has one of the masks in ``table``: a list a mask, groups of equal samples."""
+    """``gated_block`` where every sample has one of the masks in ``table``: a list a mask, groups of equal samples.
+
+    ``shared`` samples of one code share what is fetched; None: as many as fill a tile.
+    """
+    if shared is None:
+        height, width = arguments.output_size(x, weight1, stride, (1, 1), (1, 1))
+        shared = together(height * width)
     shared = max(1, min(shared, x.shape[0]))
     block = Block(rows(weight1, False), bias1, rows(weight2, True), bias2, weight2.shape[0])
     return block.run(x, plan(table), residual, stride, shared, equal_groups(codes, len(table), shared))
