@@ -34,7 +34,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from gatedkernels.ops.channel_gate import configurations as gates  # noqa: E402
 from gatedkernels.ops.channel_gate import kernels as gate_kernels  # noqa: E402
 from gatedkernels.ops.plan import kernels as plan_kernels  # noqa: E402
-from gatedkernels.ops.ragged import gradient_kernels, kernels  # noqa: E402
+from gatedkernels.ops.ragged import gradient_kernels, group_kernels, kernels  # noqa: E402
 from gatedkernels.ops.ragged.configurations import GRADIENT_TILES, GradientTile, Tile, shipped  # noqa: E402
 
 # Shared memory that a block may have on the chip meant that has least, Ada.
@@ -167,12 +167,19 @@ def gate(kind: str, numbers: str, size: str, tile: gates.GateTile) -> Case:
     return Case(f"gate {kind} {numbers}, {size}", gate_kernels.gate_kernel, pointers, constants, tile.warps, 3)
 
 
+def gate_cases() -> Iterator[Case]:
+    """Gates, and which samples share a code."""
+    tiles = gates.shipped()
+    yield from (gate("lists", "bf16", size, tile_) for size, tile_ in tiles.items())
+    yield from (gate(kind, numbers, "512", tiles["512"]) for kind, numbers in (("lists", "fp32"), ("codes", "bf16")))
+    pointers = dict.fromkeys(("codes", "order", "lists"), "*i32")
+    sizes = {"SAMPLES": group_kernels.MOST, "SHARED": 8}
+    yield Case("groups of equal codes", group_kernels.equal_groups_kernel, pointers, sizes, 8, 3)
+
+
 def cases() -> Iterator[Case]:
     """Everything that is shipped."""
-    for size, tile_ in gates.shipped().items():
-        yield gate("lists", "bf16", size, tile_)
-    yield gate("lists", "fp32", size, tile_)
-    yield gate("codes", "bf16", size, tile_)
+    yield from gate_cases()
     lists = {"index": "*i32", "count": "*i32"}
     yield Case(
         "plan", plan_kernels.plan_kernel, {"mask": "*i1", **lists}, {"order": None, "CHUNK": plan_kernels.CHUNK}, 4, 3

@@ -31,6 +31,8 @@ def resnet(**options) -> nn.Module:
 MODULES = {
     "basic": (lambda: lively(GatedBasicBlock(20, 36, stride=2)), (3, 20, 9, 7)),
     "basic group": (lambda: lively(GatedBasicBlock(16, 16, group=8)), (3, 16, 6, 6)),
+    "basic codebook": (lambda: lively(GatedBasicBlock(16, 24, stride=2, group=4, codebook=3)), (7, 16, 6, 6)),
+    "bottleneck codebook": (lambda: lively(GatedBottleneck(24, 12, stride=2, codebook=3)), (5, 24, 7, 5)),
     "basic stride 3": (lambda: lively(GatedBasicBlock(8, 12, stride=3)), (3, 8, 7, 7)),
     "bottleneck": (lambda: lively(GatedBottleneck(24, 12, stride=2)), (3, 24, 7, 5)),
     "convolution": (lambda: lively(gk.GatedConv2d(8, 40, 3, padding=1, activation=nn.ReLU())), (3, 8, 6, 6)),
@@ -39,6 +41,7 @@ MODULES = {
         (3, 8, 6, 6),
     ),
     "resnet18": (resnet, (3, 3, 16, 16)),
+    "resnet18 codebook": (lambda: resnet(codebook=4), (9, 3, 16, 16)),
     "resnet18 imagenet": (
         lambda: lively(gk.models.gated_resnet18(num_classes=None, width=1 / 8, separate_norm=False)),
         (2, 3, 64, 64),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gatedkernels.ops import packed
+from gatedkernels.ops import packed, packed_codes
 from gatedkernels.ops.channel_gate.reference import channel_gate_reference, code_gate_reference, gate_logits
 from gatedkernels.ops.plan.reference import plan_reference
 
@@ -132,6 +132,26 @@ def test_residual_blocks_from_packed_weights(given: bool, group: int, stride: in
     own, exact = packed.residual_on_gpu(*arguments), packed.DEFINITIONS["packed_residual"](*arguments)
     torch.testing.assert_close(own[0], exact[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(own[1], exact[1])
+
+
+@pytest.mark.parametrize("side", [12, 3])  # samples apart, and grouped
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("given", [True, False])
+def test_residual_blocks_of_a_codebook(given: bool, stride: int, side: int):
+    n, c, k, hidden, masks = 7, 6, 10 if stride == 2 else 6, 3, 4
+    x = torch.randn(n, c, side, side, device=DEVICE).to(memory_format=torch.channels_last)
+    filters = torch.randn(k, c, 3, 3, device=DEVICE), torch.randn(k, k, 3, 3, device=DEVICE)
+    biases = torch.randn(k, device=DEVICE), torch.randn(k, device=DEVICE)
+    weights = packed.pack_rows(filters[0]), biases[0], packed.pack_blocks(filters[1]), biases[1]
+    shortcut = (packed.pack_blocks(torch.randn(k, c, 1, 1, device=DEVICE)), biases[0]) if stride == 2 else (None, None)
+    table = torch.rand(masks, k, device=DEVICE) < 0.5
+    table[1] = False
+    codes = torch.tensor([0, 3, 3, 1, 3, 0, 1], device=DEVICE) if given else None
+    arguments = (x, *layers(c, hidden, masks), *weights, *plan_reference(table), codes, *shortcut, stride)
+    own, exact = packed_codes.coded_residual_on_gpu(*arguments), packed_codes._coded_residual(*arguments)
+    torch.testing.assert_close(own[0], exact[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(own[1], exact[1])
+    torch.library.opcheck(torch.ops.gatedkernels.packed_coded_residual.default, arguments)
 
 
 def test_a_block_with_its_gate_is_three_launches(monkeypatch: pytest.MonkeyPatch):

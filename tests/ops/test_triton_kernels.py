@@ -344,9 +344,14 @@ def test_the_order_brings_equal_masks_together():
 def test_groups_of_equal_codes(samples: int, count: int, shared: int):
     """Every sample has one place, in a group of its own code."""
     from gatedkernels.ops.ragged.groups import equal_groups
+    from gatedkernels.ops.ragged.reference import equal_groups_reference
 
     codes = torch.randint(count, (samples,), device=DEVICE)
     order, lists = equal_groups(codes, count, shared)
+    for own, exact in zip((order, lists), equal_groups_reference(codes, count, shared), strict=True):
+        assert torch.equal(own, exact)
+    strange = equal_groups(codes - 3 * count, count, shared)  # no code of the table: its remainder
+    assert all(torch.equal(*pair) for pair in zip(strange, (order, lists), strict=True))
     assert len(order) == len(lists) * shared
     assert len(lists) == samples // shared + min(count, samples)
     filled = order < samples

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+MOST = 4096  # samples that one program holds
+
 
 @triton.jit
 def equal_groups_kernel(
@@ -15,13 +17,11 @@ def equal_groups_kernel(
     groups,  # samples // shared + min(count, samples): the most that there may be
     SAMPLES: tl.constexpr,  # at least so many as there are
     SHARED: tl.constexpr,
-    GROUPS: tl.constexpr,
 ):
     """Code by code: its samples side by side, from the beginning of a group."""
     sample = tl.arange(0, SAMPLES)
     code = tl.load(codes + sample, sample < samples, other=0) % count
     code = tl.where(code < 0, code + count, code)  # memory outside of the table is nobody's
-    group = tl.arange(0, GROUPS)
     first = 0
     for each in range(count):
         own = ((code == each) & (sample < samples)).to(tl.int32)
@@ -31,9 +31,9 @@ def equal_groups_kernel(
         tl.store(order + place, sample, own != 0)
         empty = size + tl.arange(0, SHARED)
         tl.store(order + first * shared + empty, tl.zeros_like(empty) + samples, empty < needed * shared)
-        tl.store(lists + first + group, tl.zeros_like(group) + each, group < needed)
+        tl.store(lists + first + sample, tl.zeros_like(sample) + each, sample < needed)
         first += needed
-    # Groups that nobody needs are empty.
-    tl.store(lists + first + group, tl.zeros_like(group) + count - 1, first + group < groups)
+    # Groups that nobody needs are empty, and no more than there are codes or samples.
+    tl.store(lists + first + sample, tl.zeros_like(sample) + count - 1, first + sample < groups)
     for start in range(first * shared, groups * shared, SAMPLES):
         tl.store(order + start + sample, tl.zeros_like(sample) + samples, start + sample < groups * shared)

@@ -11,7 +11,6 @@ from gatedkernels.ops.ragged import group_kernels
 from gatedkernels.ops.ragged.launch import Groups
 from gatedkernels.ops.ragged.reference import equal_groups_reference
 
-MOST_GROUPED = 4096  # samples that one program holds
 _BITS = 62  # of a signature, which an int64 has room for
 
 
@@ -48,7 +47,7 @@ def equal_groups(codes: Tensor, count: int, shared: int) -> Groups:
         shared: Samples of a group.
     """
     samples = len(codes)
-    if not 0 < samples <= MOST_GROUPED:
+    if not 0 < samples <= group_kernels.MOST:
         return Groups(*equal_groups_reference(codes, count, shared))
     groups = samples // shared + min(count, samples)
     order = torch.empty(groups * shared, dtype=torch.int32, device=codes.device)
@@ -56,7 +55,6 @@ def equal_groups(codes: Tensor, count: int, shared: int) -> Groups:
     with torch.cuda.device_of(codes):
         group_kernels.equal_groups_kernel[(1,)](
             codes.contiguous(), order, lists, samples, count, shared, groups,
-            SAMPLES=triton.next_power_of_2(samples), SHARED=triton.next_power_of_2(shared),
-            GROUPS=triton.next_power_of_2(groups), num_warps=4,
+            SAMPLES=triton.next_power_of_2(samples), SHARED=triton.next_power_of_2(shared), num_warps=8,
         )  # fmt: skip
     return Groups(order, lists)
