@@ -103,8 +103,8 @@ class GatedBasicBlock(GatedResidual):
         group: Neighbouring channels that share one decision.
         separate_norm: Whether the branches have normalisations of their own.
         gate_bias: Initial value of the gate's last bias; None: it has none.
-        codebook: Masks that the gate has, each sample picking one (`CodebookGate`); None: it decides about every channel
-            by itself (`ChannelGate`).
+        codebook: Masks that the gate has, each sample picking one (`CodebookGate`); None: it decides about every
+            channel by itself (`ChannelGate`).
 
     Raises:
         ValueError: If a size is not positive or ``group`` does not divide ``out_channels``.

@@ -13,7 +13,7 @@ from gatedkernels import policy
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-INTERPRETED_TESTS = [HERE / f"test_{name}_kernels.py" for name in ("triton", "gate")]
+INTERPRETED_TESTS = [HERE / f"test_{name}_kernels.py" for name in ("triton", "gate", "switch")]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

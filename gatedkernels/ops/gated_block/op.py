@@ -1,6 +1,7 @@
 """The gated residual block in one operation: conv, ReLU, mask, conv, residual, ReLU."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +61,12 @@ def _launch_triton(*args: Any) -> Tensor:
     return gated.gated_block(*args)
 
 
+def _launch_switched(*args: Any, threshold: float) -> Tensor:
+    from gatedkernels.ops.ragged import switch
+
+    return switch.gated_block(*args, threshold)
+
+
 LAUNCHERS: dict[str, Callable[..., Tensor]] = {
     "reference": gated_block_reference,
     "dense": _launch_dense,
@@ -83,6 +90,8 @@ def _forward(
     launcher = LAUNCHERS[backend]
     if backend == "cpu":  # compares the density itself
         return launcher(x, weight1, bias1, weight2, bias2, mask, residual, stride, threshold)
+    if backend == "triton" and threshold < 1:  # the device compares it
+        launcher = partial(_launch_switched, threshold=threshold)
     y = launcher(x, weight1, bias1, weight2, bias2, mask, residual, stride)
     return y.contiguous(memory_format=arguments.memory_format(x))
 
@@ -133,6 +142,22 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("gatedkernels::gated_block", _backward, setup_context=_save)
 
 
+def _forward_shared(*args: Any) -> Tensor:
+    *tensors, stride, shared = args
+    y = _launch_triton(*tensors, stride, shared, True)
+    return y.contiguous(memory_format=arguments.memory_format(tensors[0]))
+
+
+# The block on "triton" where samples of similar masks share lists: no compiled library has a part in it.
+torch.library.define(
+    "gatedkernels::shared_block",
+    "(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask, Tensor? residual,"
+    " SymInt[2] stride, int shared) -> Tensor",
+)
+torch.library.impl("gatedkernels::shared_block", ("CPU", "CUDA"), _forward_shared)
+torch.library.register_fake("gatedkernels::shared_block", _fake)
+
+
 def checked(
     x: Tensor,
     weight1: Tensor,
@@ -171,6 +196,7 @@ def gated_block(
     residual: Tensor | None = None,
     stride: int | tuple[int, int] = 1,
     group: int = 1,
+    shared: int = 1,
     backend: Backend = "auto",
 ) -> Tensor:
     """Compute a gated basic block, batch normalisation folded into filters and biases.
@@ -188,6 +214,9 @@ def gated_block(
         residual: Added before the last ReLU, shape (N, K, H', W'), or None.
         stride: Of the first convolution.
         group: Granularity of the mask.
+        shared: So many samples, ordered by the similarity of their masks, share what is fetched and compute the union
+            of what they open, which pays for small images whose masks are alike. A matter of time alone, and of
+            backend "triton" without gradients; the others take no notice.
         backend: "reference", "dense", "cpu", "triton", or "auto": the policy's choice.
 
     Returns:
@@ -195,10 +224,12 @@ def gated_block(
         else contiguous.
 
     Raises:
-        ValueError: If shapes or devices disagree, or the backend cannot serve this call.
+        ValueError: If shapes or devices disagree, ``shared`` is not positive, or the backend cannot serve this call.
         TypeError: If dtypes disagree, or the mask is not bool.
     """
     arguments.refuse_tangents(x, weight1, bias1, weight2, bias2, residual)
+    if shared < 1:
+        raise ValueError(f"shared must be positive, got {shared}")
     given = x, weight1, bias1, weight2, bias2, mask, residual
     options = stride, group, backend
     y = _KNOWN.run(given, options)
@@ -213,7 +244,11 @@ def gated_block(
     else:
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
-    if served == "cpu" and arguments.recorded(x, weight1, bias1, weight2, bias2, residual):
+    recorded = arguments.recorded(x, weight1, bias1, weight2, bias2, residual)
+    stuck = threshold < 1 and not policy.can_switch(weight2.shape[0])
+    if served == "triton" and backend == "auto" and (recorded or stuck):  # measured without the backward
+        served, threshold = "dense", ALWAYS
+    if served == "cpu" and recorded:
         if backend == "auto":
             threshold = policy.choose("gated_block_training", x, weight1, strides, (1, 1), (1, 1), 1).threshold
         y, _ = torch.ops.gatedkernels.gated_block_kept.default(
@@ -225,6 +260,10 @@ def gated_block(
         if group == 1:
             _KNOWN.note(given, options, strides[0], threshold)
         return y
+    if served == "triton" and shared > 1 and threshold >= 1 and not recorded:
+        return torch.ops.gatedkernels.shared_block.default(
+            x, weight1, bias1, weight2, bias2, mask, residual, strides, shared
+        )
     return torch.ops.gatedkernels.gated_block.default(
         x, weight1, bias1, weight2, bias2, mask, residual, strides, served, threshold
     )

@@ -8,8 +8,8 @@ import triton
 from torch import Tensor
 
 from gatedkernels.ops.ragged import group_kernels
+from gatedkernels.ops.ragged.groups_reference import equal_groups_reference
 from gatedkernels.ops.ragged.launch import Groups
-from gatedkernels.ops.ragged.reference import equal_groups_reference
 
 _BITS = 62  # of a signature, which an int64 has room for
 
