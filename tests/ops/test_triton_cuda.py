@@ -175,7 +175,7 @@ def test_a_measured_threshold_serves_without_synchronisation(tmp_path: Path, mon
         tensors, mask = block(64, 8, 16, torch.bfloat16), torch.rand(16, 64, device="cuda") < 0.3
         exact = run(tensors, mask, "dense")
         for threshold in (0.0, 0.5, 1.0):
-            monkeypatch.setattr(policy, "measured_on", lambda device: dict.fromkeys(table, {64: {1024: threshold}}))  # noqa: B023
+            monkeypatch.setattr(policy, "measured_on", lambda device: {kind: {64: {1024: threshold}} for kind in table})  # noqa: B023
             policy.forget()
             run(tensors, mask, "auto")
             torch.cuda.set_sync_debug_mode("error")

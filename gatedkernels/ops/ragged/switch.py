@@ -1,7 +1,7 @@
 """Operations of which the density of their masks chooses one of two sides, on the device.
 
-Both sides are launched, gated and dense, and one of them has nothing to do: a width of zero, at which every program ends
-at once. Nothing is copied to the host, and a captured graph follows its masks.
+Both sides are launched, gated and dense, and one of them has nothing to do: a width of zero, at which every program
+ends at once. Nothing is copied to the host, and a captured graph follows its masks.
 """
 
 import math
