@@ -110,7 +110,9 @@ def calls(case: Case, device: torch.device) -> dict[str, Call]:
 def _run(case: Case, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, backend: str, threshold: float) -> Tensor:
     operators, ones = torch.ops.gatedkernels, (1, 1)
     if case.kernel == "gated_block":
-        return operators.gated_block.default(x, weight, bias, weight, bias, mask, x, ones, backend, threshold)
+        block = x, weight, bias, weight, bias, mask, x, ones
+        switched = threshold < 1
+        return operators.switched_block(*block, threshold) if switched else operators.gated_block(*block, backend)
     masks = (mask, None) if case.kernel == "conv_in" else (None, mask)
     padding = (case.side // 2,) * 2
     return operators.gated_conv2d.default(x, weight, bias, *masks, ones, padding, ones, 1, False, backend, threshold)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gatedkernels.nn.codebook import Codes
 from gatedkernels.nn.gate import Gate, gate_key
-from gatedkernels.nn.packed import PackedCodebookGate, PackedGate
+from gatedkernels.nn.packed import PackedGate
+from gatedkernels.nn.packed_codebook import PackedCodebookGate
 
 _DRAWS = 16
 

@@ -1,7 +1,6 @@
 """The gated residual block in one operation: conv, ReLU, mask, conv, residual, ReLU."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from torch.nn.functional import conv2d
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._arguments import in_best_layout
-from gatedkernels.ops._backends import ALWAYS, Backend, require
+from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require
 from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._select import select_
-from gatedkernels.ops.gated_block import training as _training  # noqa: F401  (registers its operators)
+from gatedkernels.ops.gated_block import device as _device  # noqa: F401  (registers its operators)
+from gatedkernels.ops.gated_block import training as _training  # noqa: F401  (likewise)
 from gatedkernels.ops.gated_block.reference import gated_block_reference
 
 _run_cpu = torch.ops.gatedkernels.gated_block_cpu.default
@@ -49,9 +49,7 @@ def _launch_cpu(
     stride: Sequence[int],
     threshold: float = ALWAYS,
 ) -> Tensor:
-    problem = policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1)
-    if problem:
-        raise ValueError(f"backend 'cpu' {problem}")
+    refuse("cpu", policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1))
     return _run_cpu(x, weight1, bias1, weight2, bias2, mask, residual, stride[0], threshold)
 
 
@@ -59,12 +57,6 @@ def _launch_triton(*args: Any) -> Tensor:
     from gatedkernels.ops.ragged import gated  # importing the package imports no Triton
 
     return gated.gated_block(*args)
-
-
-def _launch_switched(*args: Any, threshold: float) -> Tensor:
-    from gatedkernels.ops.ragged import switch
-
-    return switch.gated_block(*args, threshold)
 
 
 LAUNCHERS: dict[str, Callable[..., Tensor]] = {
@@ -75,25 +67,10 @@ LAUNCHERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _forward(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    mask: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    backend: str,
-    threshold: float,
-) -> Tensor:
-    launcher = LAUNCHERS[backend]
-    if backend == "cpu":  # compares the density itself
-        return launcher(x, weight1, bias1, weight2, bias2, mask, residual, stride, threshold)
-    if backend == "triton" and threshold < 1:  # the device compares it
-        launcher = partial(_launch_switched, threshold=threshold)
-    y = launcher(x, weight1, bias1, weight2, bias2, mask, residual, stride)
-    return y.contiguous(memory_format=arguments.memory_format(x))
+# The operator of every backend. `gated_block` hands the CPU's calls to operators that compare the density themselves.
+def _forward(x: Tensor, *rest: Any) -> Tensor:
+    *arguments_and_stride, backend = rest
+    return LAUNCHERS[backend](x, *arguments_and_stride).contiguous(memory_format=arguments.memory_format(x))
 
 
 torch.library.impl("gatedkernels::gated_block", ("CPU", "CUDA"), _forward)
@@ -117,45 +94,29 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     x, weight1, bias1, weight2, mask, y = ctx.saved_tensors
-    stride, backend, threshold = ctx.options
+    stride, backend = ctx.options
     ops = torch.ops.gatedkernels
     ones, needs = (1, 1), ctx.needs_input_grad
     dy = torch.where(y > 0, dy, 0)
     # The hidden activation is computed again: it costs a third of what follows, and no memory between the passes.
     hidden = ops.gated_conv2d.default(
-        x, weight1, bias1, None, mask, stride, ones, ones, 1, False, backend, threshold
+        x, weight1, bias1, None, mask, stride, ones, ones, 1, False, backend, ALWAYS
     ).relu()
     below = any(needs[:3])
     dhidden, dweight2, dbias2 = ops.gated_conv2d_backward.default(
-        dy, hidden, weight2, mask, None, ones, ones, ones, 1, False, (below, needs[3], needs[4]), backend, threshold
+        dy, hidden, weight2, mask, None, ones, ones, ones, 1, False, (below, needs[3], needs[4]), backend, ALWAYS
     )
     dx = dweight1 = dbias1 = None
     if below:
         dhidden = torch.where(hidden > 0, dhidden, 0)
         dx, dweight1, dbias1 = ops.gated_conv2d_backward.default(
-            dhidden, x, weight1, None, mask, stride, ones, ones, 1, False, needs[:3], backend, threshold
+            dhidden, x, weight1, None, mask, stride, ones, ones, 1, False, needs[:3], backend, ALWAYS
         )
     gradients = (dx, dweight1, dbias1, dweight2, dbias2, None, dy)
-    return *(g if need else None for g, need in zip(gradients, needs[:7], strict=True)), None, None, None
+    return *(g if need else None for g, need in zip(gradients, needs[:7], strict=True)), None, None
 
 
 torch.library.register_autograd("gatedkernels::gated_block", _backward, setup_context=_save)
-
-
-def _forward_shared(*args: Any) -> Tensor:
-    *tensors, stride, shared = args
-    y = _launch_triton(*tensors, stride, shared, True)
-    return y.contiguous(memory_format=arguments.memory_format(tensors[0]))
-
-
-# The block on "triton" where samples of similar masks share lists: no compiled library has a part in it.
-torch.library.define(
-    "gatedkernels::shared_block",
-    "(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask, Tensor? residual,"
-    " SymInt[2] stride, int shared) -> Tensor",
-)
-torch.library.impl("gatedkernels::shared_block", ("CPU", "CUDA"), _forward_shared)
-torch.library.register_fake("gatedkernels::shared_block", _fake)
 
 
 def checked(
@@ -247,7 +208,7 @@ def gated_block(
     recorded = arguments.recorded(x, weight1, bias1, weight2, bias2, residual)
     stuck = threshold < 1 and not policy.can_switch(weight2.shape[0])
     if served == "triton" and backend == "auto" and (recorded or stuck):  # measured without the backward
-        served, threshold = "dense", ALWAYS
+        served = "dense"
     if served == "cpu" and recorded:
         if backend == "auto":
             threshold = policy.choose("gated_block_training", x, weight1, strides, (1, 1), (1, 1), 1).threshold
@@ -260,10 +221,9 @@ def gated_block(
         if group == 1:
             _KNOWN.note(given, options, strides[0], threshold)
         return y
-    if served == "triton" and shared > 1 and threshold >= 1 and not recorded:
-        return torch.ops.gatedkernels.shared_block.default(
-            x, weight1, bias1, weight2, bias2, mask, residual, strides, shared
-        )
-    return torch.ops.gatedkernels.gated_block.default(
-        x, weight1, bias1, weight2, bias2, mask, residual, strides, served, threshold
-    )
+    whole = x, weight1, bias1, weight2, bias2, mask, residual, strides
+    if served == "triton" and threshold < 1:
+        return torch.ops.gatedkernels.switched_block.default(*whole, threshold)
+    if served == "triton" and shared > 1 and not recorded:
+        return torch.ops.gatedkernels.shared_block.default(*whole, shared)
+    return torch.ops.gatedkernels.gated_block.default(*whole, served)
