@@ -14,17 +14,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SMALL_BATCHES, GpuBlock
-from bench.gpu_plot import plots
-from bench.gpu_time import measure
-from bench.gpu_trials import Way, backward_ways, block_ways, ceilings, conv_ways, network_ways
-from bench.results import Results
-from gatedkernels.reporting.machine import versions
-
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/ops/test_triton_kernels.py", "tests/ops/test_triton_cuda.py")
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402 - needs the path
+
+from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SMALL_BATCHES, GpuBlock  # noqa: E402
+from bench.gpu_plot import plots  # noqa: E402
+from bench.gpu_time import measure  # noqa: E402
+from bench.gpu_trials import Way, backward_ways, block_ways, ceilings, conv_ways, network_ways  # noqa: E402
+from bench.results import Results  # noqa: E402
+from gatedkernels.reporting.machine import versions  # noqa: E402
+
+TESTS = tuple(
+    f"tests/ops/test_{name}.py"
+    for name in ("triton_kernels", "triton_schedules", "gate_kernels", "switch_kernels", "triton_cuda")
+)
 
 _AGREEMENT = 0.02  # between two results in bfloat16
 

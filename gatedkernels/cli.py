@@ -1,4 +1,4 @@
-"""The ``gatedkernels`` command: demo, train, evaluate, masks, report, calibrate, doctor."""
+"""The ``gatedkernels`` command: demo, train, evaluate, masks, report, calibrate, tune, doctor."""
 
 import inspect
 from collections.abc import Iterator
@@ -262,6 +262,20 @@ def calibrate(
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
     typer.echo(f"Written to {thresholds.path()}")
+
+
+@app.command()
+def tune(
+    run: Run,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes, one or several.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Numbers to compute with.")
+    ] = "float32",
+) -> None:
+    """Measure which tiles a run's network runs fastest with on this GPU, and use them from now on."""
+    from gatedkernels.reporting import command
+
+    command.tune(run, batch_sizes=batch_size or (1, 16), dtype=dtype)
 
 
 @app.command()

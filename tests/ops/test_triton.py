@@ -13,18 +13,21 @@ from gatedkernels import policy
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-INTERPRETED_TESTS = [HERE / f"test_{name}_kernels.py" for name in ("triton", "gate", "switch")]
+INTERPRETED_FILES = [
+    f"test_{name}.py" for name in ("triton_kernels", "triton_schedules", "gate_kernels", "switch_kernels")
+]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels' tests run in this process")
-def test_the_kernels_interpreted():
+@pytest.mark.skipif(INTERPRETED, reason="they run in this process")
+@pytest.mark.parametrize("file", INTERPRETED_FILES)
+def test_the_kernels_interpreted(file: str):
     """Triton reads TRITON_INTERPRET when it is imported: a process of its own."""
     triton = pytest.importorskip("triton")
     if triton.__version__.startswith("3.6."):
         pytest.skip("the interpreter of Triton 3.6 does not run on NumPy 2.4")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *INTERPRETED_TESTS],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / file],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,

@@ -219,10 +219,11 @@ def test_widths_need_no_list(shared: int):
 @pytest.mark.parametrize("pixels", [4, 30])
 @pytest.mark.parametrize("shared", [1, 3])
 @pytest.mark.parametrize("packed", [True, False])
-def test_every_element_is_written_once(packed: bool, shared: int, pixels: int):
+@pytest.mark.parametrize(("splits", "programs"), [(1, 0), (1, 1), (2, 0)])
+def test_every_element_is_written_once(splits: int, programs: int, packed: bool, shared: int, pixels: int):
     """With y as its own residual, zeros for weights and ones for biases, an element counts how often it is written."""
     from gatedkernels.ops.ragged import launch
-    from gatedkernels.ops.ragged.configurations import Tile
+    from gatedkernels.ops.ragged.configurations import Configuration, Tile
 
     n, k, untouched = 4, 70, 7.0
     for density in (0.0, 0.3, 1.0):
@@ -235,7 +236,7 @@ def test_every_element_is_written_once(packed: bool, shared: int, pixels: int):
         y = memory if packed else torch.zeros(n, pixels, k, device=DEVICE).mT[..., None]
         launch.convolve(
             x, weight, bias, y, outs=lists, residual=y, packed_out=packed, shared=shared,
-            configuration=Tile(16, 32, 16, 4, 2),
+            configuration=Configuration(Tile(16, 32, 16, 4, 2), splits, programs),
         )  # fmt: skip
         if packed:
             step = listed.logical_or(torch.arange(room.shape[2], device=DEVICE) < _up(lists.counts, shared)[:n, None])
