@@ -113,7 +113,7 @@ def conv(
         side: Of the window.
         stride: Between windows.
         how: "" is a program for each tile, "scheduled" a list of tiles; "part" sums a part of a reduction, and "finish"
-            adds the parts up.
+            adds the parts up; "summed" leaves sums of pixels, of neighbours.
         daily: Whether it is compiled without ``--all``.
     """
     gradient, out, listed_inputs = kind == "dx", kind == "out", kind in ("in", "packed", "dx")
@@ -121,14 +121,16 @@ def conv(
     tensors = {"x", "weight", "y"} | ({"bias"} if not gradient else set())
     tensors |= {"residual"} if listed_inputs and not gradient else set()
     lists = {"out_index", "out_count"} if out else {"in_index", "in_count"} if listed_inputs else set()
-    lists |= {"order", "lists"} if grouped else set()
+    lists |= {"order", "lists"} if grouped and how != "summed" else set()
     lists |= {"tiles"} if how == "scheduled" else set()
-    optional = {"bias", "residual", "gate", "in_index", "in_count", "out_index", "out_count", "order", "lists"}
+    optional = {"bias", "residual", "gate", "sums", "in_index", "in_count", "out_index", "out_count", "order", "lists"}
     optional |= {"tiles", "partial"}
     split = how in ("part", "finish")
     spread, between = (stride, 1) if gradient else (1, stride)
     constants = {
-        **dict.fromkeys(optional - tensors - lists - ({"partial"} if split else set())),
+        **dict.fromkeys(
+            optional - tensors - lists - ({"partial"} if split else {"sums"} if how == "summed" else set())
+        ),
         # Weights lie in rows of what is not listed: along the outputs where inputs are listed, else along the inputs.
         **({} if grouped else {"weight_stride_k" if listed_inputs else "weight_stride_c": 1}),
         **window(side, between),
@@ -149,7 +151,7 @@ def conv(
     if kind != "dense" and not grouped:
         constants["shared"] = 1
     pointers = {**dict.fromkeys(tensors, f"*{numbers}"), **dict.fromkeys(lists, "*i32")}
-    pointers |= {"partial": "*fp32"} if split else {}
+    pointers |= {"partial": "*fp32"} if split else {"sums": "*fp32"} if how == "summed" else {}
     tile_name = f"{tile.rows}x{tile.channels}x{tile.depth}"
     name = " ".join(filter(None, ["conv", kind, how, f"{side}x{side}/{stride}", numbers, tile_name]))
     stages, rows = (1, 0) if how == "finish" else (tile.pipeline(listed_inputs), tile.rows)
@@ -243,6 +245,7 @@ def convolutions(numbers: str, listed: list[Tile], whole: list[Tile], every_tile
     yield conv("out", numbers, listed[-1], stride=2, daily=brain)
     yield conv("dx", numbers, whole[-1], stride=2, daily=brain)
     yield from (conv(kind, numbers, whole[-1], daily=brain) for kind in ("dense", "packed", "dx"))
+    yield conv("packed", numbers, whole[-1], how="summed", daily=brain)
 
 
 def compile_case(case: Case, arch: int) -> Outcome:

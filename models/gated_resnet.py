@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gatedkernels.models._options import check_choice, check_num_classes, start_convolutions
 from gatedkernels.models._registry import register_model
-from gatedkernels.nn import Branch, Gate, GatedBasicBlock, GatedBottleneck, check_branch, gate_key
+from gatedkernels.nn import Branch, Gate, GatedBasicBlock, GatedBottleneck, check_branch, gate_key, run_blocks
 
 Stem = Literal["imagenet", "cifar"]
 
@@ -127,10 +127,10 @@ class GatedResNet(nn.Module):
         masks = self._check_masks(branch, masks)
         gates: dict[str, Gate] = {}
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for name, block in self.blocks().items():
-            if branch == "dense" or not (masks or return_gates):
-                x = block(x, branch)
-                continue
+        blocks = self.blocks()
+        if branch == "dense" or not (masks or return_gates):
+            x, blocks = run_blocks(blocks.values(), x, branch), {}
+        for name, block in blocks.items():
             keys = _keys(name, block)
             brought = tuple(masks.get(key) for key in keys)
             if len(keys) == 1:

@@ -1,5 +1,6 @@
 """What `optimize` promises: the same results, an ordinary module, and clear refusals."""
 
+import contextlib
 import copy
 import io
 
@@ -9,6 +10,7 @@ from torch import nn
 
 import gatedkernels as gk
 from gatedkernels.nn import GatedBasicBlock, GatedBottleneck
+from gatedkernels.nn.packed_blocks import PackedBasicBlock
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -83,6 +85,19 @@ def test_any_batch_and_size():
         for shape in [(1, 3, 16, 16), (5, 3, 11, 23), (0, 3, 16, 16)]:
             x = torch.randn(shape)
             torch.testing.assert_close(fast(x), model(x), atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("density", [None, 0.3])
+def test_blocks_in_a_row_hand_sums_to_the_next_gate(density: float | None, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, from the definitions of its operators."""
+    fast, x = gk.optimize(resnet(), torch.randn(3, 3, 16, 16)), torch.randn(3, 3, 16, 16)
+    fixed = (lambda: gk.fix_gates(fast, density)) if density else contextlib.nullcontext
+    with torch.no_grad(), fixed():
+        expected = fast(x)
+    monkeypatch.setattr(PackedBasicBlock, "chains", lambda self, x, branch: True)
+    monkeypatch.setattr(PackedBasicBlock, "forward", lambda *_: pytest.fail("a block ran by itself"))
+    with torch.no_grad(), fixed():
+        torch.testing.assert_close(fast(x), expected, atol=2e-5, rtol=2e-4)
 
 
 def test_dense_branch():

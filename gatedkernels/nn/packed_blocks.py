@@ -1,5 +1,6 @@
 """Residual blocks for inference: what `gatedkernels.nn.packed` has, put together."""
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from gatedkernels.nn.slimmable_blocks import SlimmableBasicBlock, SlimmableBottl
 from gatedkernels.ops.gated_block.op import gated_block
 from gatedkernels.ops.gated_conv2d.op import gated_conv2d
 from gatedkernels.ops.packed import (
+    holds_gate,
     pack_blocks,
     pack_rows,
     pack_tile_blocks,
@@ -159,6 +161,29 @@ class PackedBasicBlock(PackedResidual):
         y, decided = _ops.packed_residual(x, *decision, *weights, *shortcut, fixed, self.shapes[0].stride[0])
         return y, decided if fixed is None else fixed
 
+    def chains(self, x: Tensor, branch: Branch | None) -> bool:
+        """Whether ``run_chained`` serves images like these: on a GPU, where nobody listens."""
+        gate = self._modules["gate"]
+        return (
+            x.device.type == "cuda"
+            and branch in (None, self.branch)
+            and type(gate) is PackedGate
+            and self._is_one(x)
+            and not _is_heard(self)
+            and holds_gate(x, gate.layers())
+        )
+
+    def run_chained(self, x: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The result for ``x``, and sums of it for the gate of the next block; see `gatedkernels.ops.packed_sums`."""
+        check_images(x, self.shapes[0].in_channels, self.weight1)
+        gate = cast(PackedGate, self._modules["gate"])
+        fixed = None if gate.fixed is None else gate.fixed(len(x))
+        weights = (self.weight1, self.bias1, self.weight2, self.bias2)
+        shortcut = (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
+        stride = self.shapes[0].stride[0]
+        y, _, left = _ops.packed_residual_summed(x, sums, *gate.layers(), *weights, *shortcut, fixed, stride)
+        return y, left
+
     def _run_coded(self, x: Tensor, gate: PackedCodebookGate) -> tuple[Tensor, Tensor]:
         table, codes, lists = gate.table, None, (gate.index, gate.count)
         if gate.fixed is not None:
@@ -169,6 +194,23 @@ class PackedBasicBlock(PackedResidual):
         stride = self.shapes[0].stride[0]
         y, decided = _ops.packed_coded_residual(x, *gate.layers(), *weights, *lists, codes, *shortcut, stride)
         return y, table[decided if codes is None else codes]
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, branch: Branch | None) -> Tensor:
+    """Run residual blocks one after the other; optimised ones on a GPU hand sums of their results to the next gate.
+
+    Args:
+        blocks: Gated blocks, as they are or optimised.
+        x: Images, shape (N, C, H, W).
+        branch: As the blocks take it.
+    """
+    sums: Tensor | None = None
+    for block in blocks:
+        if isinstance(block, PackedBasicBlock) and block.chains(x, branch):
+            x, sums = block.run_chained(x, sums)
+        else:
+            x, sums = block(x, branch), None
+    return x
 
 
 class PackedBottleneck(PackedResidual):

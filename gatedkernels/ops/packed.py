@@ -232,7 +232,7 @@ def residual_on_gpu(
     if shortcut_weight is not None and shortcut_bias is not None:
         residual = gated.packed_shortcut(x, shortcut_weight, shortcut_bias, stride)
     given = None if mask is None else spread(mask, len(bias1))
-    return gated.packed_residual(x, layers, *weights, given, residual, (stride, stride))
+    return gated.packed_residual(x, layers, *weights, given, residual, (stride, stride))[:2]
 
 
 def holds_gate(x: Tensor, layers: Sequence[Tensor]) -> bool:

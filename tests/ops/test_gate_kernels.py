@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gatedkernels.ops import packed, packed_codes
+from gatedkernels.ops import packed, packed_codes, packed_sums
 from gatedkernels.ops.channel_gate.reference import channel_gate_reference, code_gate_reference, gate_logits
 from gatedkernels.ops.plan.reference import plan_reference
 
@@ -152,6 +152,50 @@ def test_residual_blocks_of_a_codebook(given: bool, stride: int, side: int):
     torch.testing.assert_close(own[0], exact[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(own[1], exact[1])
     torch.library.opcheck(torch.ops.gatedkernels.packed_coded_residual.default, arguments)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 7), (9, 16)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_convolution_leaves_sums_of_what_it_stores(size: tuple[int, int], dtype: torch.dtype):
+    """Whatever its tile, its splits and its schedule: the same bits."""
+    from gatedkernels.ops.ragged import launch
+    from gatedkernels.ops.ragged.configurations import Configuration, Tile
+
+    n, c, k = 2, 20, 37
+    x = torch.randn(n, c, *size, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(k, c, 3, 3, device=DEVICE).to(dtype)
+    found = []
+    for rows, splits, programs in ((16, 1, 0), (64, 1, 0), (16, 2, 0), (32, 1, 1)):
+        y = torch.empty(n, *size, k, dtype=dtype, device=DEVICE).permute(0, 3, 1, 2)
+        sums = launch.sums_like(y)
+        chosen = Configuration(Tile(rows, 32, 16, 4, 2), splits, programs)
+        launch.convolve(x, weight, None, y, sums=sums, padding=(1, 1), relu=True, configuration=chosen)
+        exact = packed_sums.sums_of(y)
+        assert sums.stride() == exact.stride()
+        torch.testing.assert_close(sums, exact, rtol=1e-5, atol=1e-5)
+        found.append(sums)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[3])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_blocks_in_a_row_look_at_sums(first: bool, given: bool, stride: int):
+    n, c, k, hidden = 2, 12, 20 if stride == 2 else 12, 4
+    x = torch.randn(n, c, 6, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    filters = torch.randn(k, c, 3, 3, device=DEVICE), torch.randn(k, k, 3, 3, device=DEVICE)
+    biases = torch.randn(k, device=DEVICE), torch.randn(k, device=DEVICE)
+    weights = packed.pack_rows(filters[0]), biases[0], packed.pack_blocks(filters[1]), biases[1]
+    shortcut = (packed.pack_blocks(torch.randn(k, c, 1, 1, device=DEVICE)), biases[0]) if stride == 2 else (None, None)
+    mask = torch.rand(n, k, device=DEVICE) < 0.5 if given else None
+    arguments = (None if first else packed_sums.sums_of(x), *layers(c, hidden, k), *weights, *shortcut, mask, stride)
+    own, exact = packed_sums.summed_on_gpu(x, *arguments), packed_sums._summed(x, *arguments)
+    for index in (0, 2):
+        torch.testing.assert_close(own[index], exact[index], rtol=1e-4, atol=1e-4)
+    assert torch.equal(own[1], exact[1])
+    alone = packed.residual_on_gpu(x, *arguments[1:9], None, None, *arguments[9:])
+    assert torch.equal(own[1], alone[1]) and torch.equal(own[0], alone[0])
+    torch.library.opcheck(torch.ops.gatedkernels.packed_residual_summed.default, (x, *arguments))
 
 
 def test_a_block_with_its_gate_is_three_launches(monkeypatch: pytest.MonkeyPatch):
