@@ -92,6 +92,7 @@ def test_blocks_in_a_row_hand_sums_to_the_next_gate(density: float | None, monke
     """As on a GPU, from the definitions of its operators."""
     fast, x = gk.optimize(resnet(), torch.randn(3, 3, 16, 16)), torch.randn(3, 3, 16, 16)
     fixed = (lambda: gk.fix_gates(fast, density)) if density else contextlib.nullcontext
+    fast.trunk = None  # which serves CPUs
     with torch.no_grad(), fixed():
         expected = fast(x)
     monkeypatch.setattr(PackedBasicBlock, "chains", lambda self, x, branch: True)
