@@ -238,7 +238,7 @@ def convolutions(numbers: str, listed: list[Tile], whole: list[Tile], every_tile
     half, brain = numbers == "fp16", numbers == "bf16"
     for kind, tiles in (("out", listed), ("in", whole)):
         for tile in tiles[-1:] if half else tiles:
-            yield conv(kind, numbers, tile, daily=brain and tile == tiles[-1] or numbers == "fp32" and every_tile)
+            yield conv(kind, numbers, tile, daily=(brain and tile == tiles[-1]) or (numbers == "fp32" and every_tile))
         yield conv(kind, numbers, tiles[-1], side=1, daily=brain and kind == "out")
         yield conv(kind, numbers, listed[-1], how="scheduled", daily=brain)
         yield from (conv(kind, numbers, tiles[-1], how=how, daily=brain) for how in ("part", "finish"))

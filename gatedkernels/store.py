@@ -36,7 +36,9 @@ class Store(NamedTuple):
         if folder:
             return Path(folder) / f"{self.name}.json"
         caches = os.environ.get("XDG_CACHE_HOME", "")
-        return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "gatedkernels" / f"{self.name}.json"
+        return (
+            (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "gatedkernels" / f"{self.name}.json"
+        )
 
     def load(self) -> dict[str, Any]:
         """The machines of the file; of a damaged file none, with a warning."""
@@ -110,10 +112,10 @@ class Store(NamedTuple):
         return content
 
 
-def own_version() -> str:
-    """Of gatedkernels: a measurement holds for the kernels that were measured."""
+def version(package: str = "gatedkernels") -> str:
+    """Of an installed package: a measurement holds for the code that was measured."""
     try:
-        return metadata.version("gatedkernels")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gatedkernels import _extension
 from gatedkernels.store import FOLDER_VARIABLE as FOLDER_VARIABLE
-from gatedkernels.store import Store, own_version
+from gatedkernels.store import Store, version
 
 FORMAT = 1
 
@@ -31,7 +31,7 @@ def path() -> Path:
 
 def machine() -> str:
     """What a measurement holds for, threads aside: processor, instruction set, and whose kernels were compared."""
-    return f"{cpu_name()}, {_extension.instruction_set()}, torch {torch.__version__}, gatedkernels {own_version()}"
+    return f"{cpu_name()}, {_extension.instruction_set()}, torch {torch.__version__}, gatedkernels {version()}"
 
 
 GPU_THREADS = 0  # what measurements on a GPU are kept under
@@ -40,11 +40,9 @@ GPU_THREADS = 0  # what measurements on a GPU are kept under
 @lru_cache
 def gpu(device: torch.device) -> str:
     """The same for a GPU."""
-    import triton  # whoever asks has it
-
     name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    versions = f"cuDNN {torch.backends.cudnn.version()}, triton {triton.__version__}, torch {torch.__version__}"
-    return f"{name}, sm_{major}{minor}, {versions}, gatedkernels {own_version()}"
+    versions = f"cuDNN {torch.backends.cudnn.version()}, triton {version('triton')}, torch {torch.__version__}"
+    return f"{name}, sm_{major}{minor}, {versions}, gatedkernels {version()}"
 
 
 def gpu_kind(kernel: str, weight: Tensor, rounded: bool, image: int) -> str:

@@ -11,6 +11,7 @@ import gatedkernels as gk
 from gatedkernels import cli, tuning
 from gatedkernels.ops.ragged import configurations
 from gatedkernels.ops.ragged.configurations import Configuration, Shape, Tile, configure
+from gatedkernels.training.errors import RunError
 
 SMALL = Shape("out", True, "bfloat16", 9, 1, 1, 512, 512, 16, 4)
 LARGE = Shape("in", False, "bfloat16", 9, 1, 1, 128, 128, 1024, 256)
@@ -35,7 +36,9 @@ def test_small_maps_are_split_and_large_batches_scheduled():
     assert configure(SMALL, (9, 0)).splits == 8
     assert configure(SMALL._replace(groups=16), (9, 0)).splits == 2
     assert configure(SMALL._replace(groups=64), (9, 0)) == Configuration(configure(SMALL, (9, 0)).tile)
-    assert configure(SMALL._replace(groups=256), (9, 0)).programs > 0
+    programs = [configure(SMALL._replace(groups=256), capability).programs for capability in CHIPS.values()]
+    assert programs == [3, 3, 4]
+    assert configure(SMALL._replace(groups=256, pixels=784), (8, 0)).programs == 2
     assert configure(LARGE, (9, 0))[1:] == (1, 0)
     assert configure(SMALL._replace(in_channels=8, taps=1), (9, 0)).splits == 1  # nothing to split
 
@@ -59,7 +62,14 @@ def test_candidates_fit_and_differ(shape: Shape, capability: tuple[int, int]):
 def test_keys_tell_shapes_apart():
     assert SMALL.key() == "bfloat16 out packed, 9 taps / 1 x 1, 512 > 512, 16 pixels x 4"
     assert SMALL._replace(groups=3).key() == SMALL.key()
-    for field, value in {"listed": "in", "packed": False, "numbers": "tf32", "taps": 1, "stride": 4, "spread": 4}.items():
+    for field, value in {
+        "listed": "in",
+        "packed": False,
+        "numbers": "tf32",
+        "taps": 1,
+        "stride": 4,
+        "spread": 4,
+    }.items():
         assert SMALL._replace(**{field: value}).key() != SMALL.key()
     for field in ("in_channels", "out_channels", "pixels", "groups"):
         assert SMALL._replace(**{field: 300}).key() != SMALL.key()
@@ -74,8 +84,11 @@ def test_no_device_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="example must be on a CUDA device, got cpu"):
         gk.tune(torch.nn.Identity(), torch.ones(1))
-    result = CliRunner().invoke(cli.app, ["tune", str(tmp_path), "--batch-size", "0"])
-    assert result.exit_code != 0
+    assert CliRunner().invoke(cli.app, ["tune", str(tmp_path), "--batch-size", "0"]).exit_code == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(cli.app, ["tune", str(tmp_path)])
+    assert isinstance(result.exception, RunError)
+    assert "tune measures on a CUDA device" in str(result.exception)
 
 
 class Chips:
@@ -153,7 +166,17 @@ def test_what_was_measured_serves(measured, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("rows", 48), ("depth", 8), ("warps", 3), ("stages", 0), ("splits", 3), ("programs", -1), ("more", 1), ("rows", "?")],
+    [
+        ("rows", 48),
+        ("depth", 8),
+        ("warps", 3),
+        ("stages", 0),
+        ("splits", 3),
+        ("programs", -1),
+        ("programs", 2),
+        ("more", 1),
+        ("rows", "?"),
+    ],
 )
 def test_what_kernels_cannot_have_is_not_believed(measured, field: str, value: object):
     from gatedkernels.ops.ragged import launch

@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("triton")
 
 from bench import aot
-
 from gatedkernels.ops.ragged.configurations import GROUPED_ROWS, TILES, shared_memory
 
 CASE = next(case for case in aot.cases() if case.rows >= GROUPED_ROWS)

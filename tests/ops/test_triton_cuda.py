@@ -49,6 +49,10 @@ def test_blocks_and_their_gradients(gradients: Callable, shape: tuple[int, int],
             assert error <= tolerance * norm, f"error {error:.3g} of {norm:.3g}"
 
 
+# Channels, size and batch for which the shipped schedules are the ordinary grid, a split reduction, a list of tiles.
+SCHEDULED = ((64, 8, 4), (512, 4, 1), (512, 4, 256))
+
+
 def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """A graph of a call, and what it writes."""
     stream = torch.cuda.Stream()
@@ -77,8 +81,9 @@ def redraw(mask: Tensor, density: float) -> Callable[[], object]:
     return lambda: mask.copy_(torch.rand(mask.shape, device="cuda") < density)
 
 
-def test_a_graph_follows_changing_masks():
-    tensors, mask = block(64, 8, 4, torch.bfloat16), torch.rand(4, 64, device="cuda") < 0.5
+@pytest.mark.parametrize(("channels", "size", "batch"), SCHEDULED)
+def test_a_graph_follows_changing_masks(channels: int, size: int, batch: int):
+    tensors, mask = block(channels, size, batch, torch.bfloat16), torch.rand(batch, channels, device="cuda") < 0.5
     check_replays(lambda: run(tensors, mask, "triton"), (redraw(mask, d) for d in (0.0, 0.3, 0.9, 1.0)))
 
 
@@ -175,7 +180,8 @@ def test_a_measured_threshold_serves_without_synchronisation(tmp_path: Path, mon
         tensors, mask = block(64, 8, 16, torch.bfloat16), torch.rand(16, 64, device="cuda") < 0.3
         exact = run(tensors, mask, "dense")
         for threshold in (0.0, 0.5, 1.0):
-            monkeypatch.setattr(policy, "measured_on", lambda device: {kind: {64: {1024: threshold}} for kind in table})  # noqa: B023
+            served = {kind: {64: {1024: threshold}} for kind in table}
+            monkeypatch.setattr(policy, "measured_on", lambda device: served)  # noqa: B023
             policy.forget()
             run(tensors, mask, "auto")
             torch.cuda.set_sync_debug_mode("error")
@@ -188,8 +194,9 @@ def test_a_measured_threshold_serves_without_synchronisation(tmp_path: Path, mon
         policy.forget()
 
 
-def test_no_host_synchronisation():
-    tensors, mask = block(64, 8, 4, torch.bfloat16), torch.rand(4, 64, device="cuda") < 0.5
+@pytest.mark.parametrize(("channels", "size", "batch"), SCHEDULED)
+def test_no_host_synchronisation(channels: int, size: int, batch: int):
+    tensors, mask = block(channels, size, batch, torch.bfloat16), torch.rand(batch, channels, device="cuda") < 0.5
     leaves = [t.requires_grad_() for t in tensors]
     run(leaves, mask, "triton").sum().backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -216,3 +223,21 @@ def test_a_compiled_call_is_the_same():
     tensors, mask = block(64, 8, 4, torch.bfloat16), torch.rand(4, 64, device="cuda") < 0.5
     compiled = torch.compile(lambda m, *t: run(list(t), m, "triton"), fullgraph=True)
     assert torch.equal(compiled(mask, *tensors), run(tensors, mask, "triton"))
+
+
+def test_tuned_tiles_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from gatedkernels.ops.ragged import launch, measured
+
+    monkeypatch.setenv("GATEDKERNELS_CACHE", str(tmp_path))
+    launch.forget()
+    tensors, mask = block(64, 8, 4, torch.bfloat16), torch.rand(4, 64, device="cuda") < 0.5
+    exact = run(tensors, mask, "triton")
+    model = torch.nn.Module()
+    model.forward = lambda x: run([x, *tensors[1:]], mask, "triton")
+    found = gk.tune(model, tensors[0])
+    assert len(found) == 2 and all(0 < each.milliseconds <= each.shipped for each in found)
+    assert measured.measured(measured.machine(mask.device)) == {each.key: each.configuration for each in found}
+    y = run(tensors, mask, "triton")
+    assert (y - exact).norm() <= 1e-2 * exact.norm()
+    monkeypatch.undo()
+    launch.forget()

@@ -1,4 +1,4 @@
-"""Ways through the tiles of the ragged convolution: on a GPU, or interpreted on the CPU (test_triton.py starts that)."""
+"""Ways through the ragged convolution's tiles: on a GPU, or interpreted on the CPU (test_triton.py starts that)."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -176,7 +176,9 @@ def test_shipped_configurations_are_used(monkeypatch: pytest.MonkeyPatch):
     assert launched == [((8, 8), 8, False), ((8,), 8, True)]
     launched.clear()
     convolve(256, True)
-    assert launched == [((256,), "schedule"), ((200,), 1, False)]
+    (grid, what), ((programs,), *how) = launched
+    assert (grid, what, how) == ((256,), "schedule", [1, False])
+    assert programs in (200, 300, 400)  # on 100 multiprocessors, as many as a chip has room for
     launched.clear()
     convolve(256, False)
     assert launched == [((2048, 1), 1, False)]

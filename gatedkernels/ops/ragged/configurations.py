@@ -51,8 +51,8 @@ class Configuration(NamedTuple):
     Attributes:
         tile: What one program computes.
         splits: Parts of the reduction, whose sums a second launch adds up, always in the same order.
-        programs: So many programs on a multiprocessor share a list of the tiles that have something to compute; 0: a
-            program for each tile that there can be.
+        programs: So many programs on a multiprocessor share a list of the tiles that have something to compute, none of
+            them split; 0: a program for each tile that there can be.
     """
 
     tile: Tile
@@ -123,37 +123,41 @@ class Shape(NamedTuple):
 Table = dict[int, tuple[tuple[float, Tile], ...]]
 
 
-def _table(few: int, some: Tile, many: Tile) -> Table:
+def _table(few: int, some: int, many: int, many_of_four_bytes: int) -> Table:
     """By bytes of a number and pixels of a list: the first row whose bound is not exceeded.
 
     Args:
         few: Stages for lists of few pixels, which are bound by fetching weights, whatever the tile.
-        some: The tile for 64 pixels and more, in numbers of two bytes.
+        some: For more pixels than 32.
         many: For more than 128.
+        many_of_four_bytes: Likewise, of float32, which takes more registers.
     """
-    table = (
-        (16.0, Tile(16, 64, 64, 4, few)),
-        (32.0, Tile(32, 64, 64, 4, few)),
-        (128.0, some),
-        (float("inf"), many),
-    )
-    # A number twice as wide: half as many in a step.
-    return {2: table, 4: tuple((most, tile._replace(depth=tile.depth // 2)) for most, tile in table)}
+
+    def rows(depth: int, many: int) -> tuple[tuple[float, Tile], ...]:
+        return (
+            (16.0, Tile(16, 64, depth, 4, few)),
+            (32.0, Tile(32, 64, depth, 4, few)),
+            (128.0, Tile(64, 64, depth, 4, some)),
+            (float("inf"), Tile(128, 64, depth, 8, many)),
+        )
+
+    return {2: rows(64, many), 4: rows(32, many_of_four_bytes)}
 
 
-# Registers let one block of 8 warps with 128 rows onto a multiprocessor of Ampere and Ada, two on Hopper: its stages are
-# what shared memory has room for beside that. Small tiles are to be several on a multiprocessor.
+# Registers let one block of 8 warps with 128 rows onto a multiprocessor of Ampere and Ada, two on Hopper: its stages
+# are what shared memory has room for beside that. Small tiles are to be several on a multiprocessor. With
+# four stages of float32 on Hopper, Triton 3.6 aims at two blocks' registers and spills on Blackwell.
 TILES: dict[str, Table] = {
-    "ampere": _table(5, Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4)),
-    "ada": _table(4, Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 3)),
-    "hopper": _table(6, Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4)),
+    "ampere": _table(5, 4, 4, 4),
+    "ada": _table(4, 4, 3, 3),
+    "hopper": _table(6, 4, 4, 3),
 }
 # A list that can hold no more than 64 channels rarely fills a tile of 64: half of one wastes less.
 NARROW = 64
 # Where all outputs are computed and pixels are many, images are fetched half as often for twice as many outputs.
 WIDE = 128
-# A launch of fewer tiles than half of this is split, so that there is a program for each multiprocessor of a large chip;
-# a part has so many steps at least. Shapes alone decide, and so the order of all sums.
+# A launch of fewer tiles than half of this is split, so that there is a program for each multiprocessor of a large
+# chip; a part has so many steps at least. Shapes alone decide, and so the order of all sums.
 SPLIT_PROGRAMS = 256
 SPLIT_MOST = 8
 SPLIT_STEPS = 8
@@ -161,7 +165,8 @@ SPLIT_STEPS = 8
 # of which are not there where few channels are open.
 SCHEDULED_TILES = 1024
 SCHEDULED_CHANNELS = 4
-SCHEDULED_PROGRAMS = 2
+# Warps that a multiprocessor's registers have room for, at 128 a thread.
+SCHEDULED_WARPS = 16
 
 
 def shared_memory(capability: tuple[int, int]) -> int:
@@ -219,7 +224,9 @@ def configure(shape: Shape, capability: tuple[int, int]) -> Configuration:
         and shape.tiles(chosen) >= SCHEDULED_TILES
         and shape.out_channels >= SCHEDULED_CHANNELS * chosen.channels
     )
-    return Configuration(chosen, splits(shape, chosen), SCHEDULED_PROGRAMS if scheduled else 0)
+    room = shared_memory(capability) // chosen.shared(shape.size, capability)
+    programs = max(1, min(SCHEDULED_WARPS // chosen.warps, room)) if scheduled else 0
+    return Configuration(chosen, splits(shape, chosen), programs)
 
 
 def fits(shape: Shape, chosen: Tile, capability: tuple[int, int]) -> bool:

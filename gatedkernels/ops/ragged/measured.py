@@ -9,7 +9,7 @@ import torch
 import triton
 
 from gatedkernels.ops.ragged.configurations import Configuration, Shape, Tile, configure
-from gatedkernels.store import Store, own_version
+from gatedkernels.store import Store, version
 
 FORMAT = 1
 # What the interpreter, and whoever asks without a GPU, is told.
@@ -25,7 +25,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 def machine(device: torch.device) -> str:
     """What a measurement holds for: the device, and whose code was measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    return f"{name}, triton {triton.__version__}, torch {torch.__version__}, gatedkernels {own_version()}"
+    return f"{name}, triton {triton.__version__}, torch {torch.__version__}, gatedkernels {version()}"
 
 
 def find(shape: Shape, device: torch.device) -> Configuration:
@@ -69,7 +69,8 @@ def _parse(numbers: dict[str, Any]) -> Configuration:
     sizes = (*chosen.tile[:4], chosen.splits)  # what the compiler takes powers of two for
     if values or min(chosen.tile[:3]) < 16 or any(size & (size - 1) or not 0 < size <= 1024 for size in sizes):
         raise ValueError(numbers)
-    if not 1 <= chosen.tile.stages <= 16 or not 0 <= chosen.programs <= 32:
+    both = chosen.splits > 1 and chosen.programs
+    if not 1 <= chosen.tile.stages <= 16 or not 0 <= chosen.programs <= 32 or both:
         raise ValueError(numbers)
     return chosen
 

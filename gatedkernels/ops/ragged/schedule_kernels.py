@@ -1,8 +1,8 @@
 """The list of the tiles that a ragged convolution has to compute, in Triton. This file knows nothing else.
 
-Of the tiles that there can be, numbered as ``kernels.place`` has them, some have no listed channel or no sample. The list
-holds the others, group by group, those of the longest reductions first: whoever takes every n-th tile of it has as much
-to do as everybody else.
+Of the tiles that there can be, numbered as ``kernels.place`` has them, some have no listed channel or no sample. The
+list holds the others, group by group, those of the longest reductions first: whoever takes every n-th tile of it has as
+much to do as everybody else.
 """
 
 import triton
