@@ -37,7 +37,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from gatedkernels.ops.channel_gate import configurations as gates  # noqa: E402
 from gatedkernels.ops.channel_gate import kernels as gate_kernels  # noqa: E402
 from gatedkernels.ops.plan import kernels as plan_kernels  # noqa: E402
-from gatedkernels.ops.ragged import gradient_kernels, group_kernels, kernels, schedule_kernels  # noqa: E402
+from gatedkernels.ops.ragged import gradient_kernels, group_kernels, kernels, schedule_kernels, switch_kernels  # noqa: E402
 from gatedkernels.ops.ragged.configurations import (  # noqa: E402
     GRADIENT_TILES,
     GROUPED_ROWS,
@@ -194,13 +194,16 @@ def gate(kind: str, numbers: str, size: str, tile: gates.GateTile) -> Case:
 
 
 def gate_cases() -> Iterator[Case]:
-    """Gates, and which samples share a code."""
+    """Gates, which samples share a code, and which of two sides serves."""
     tiles = gates.shipped()
     yield from (gate("lists", "bf16", size, tile_) for size, tile_ in tiles.items())
     yield from (gate(kind, numbers, "512", tiles["512"]) for kind, numbers in (("lists", "fp32"), ("codes", "bf16")))
     pointers = dict.fromkeys(("codes", "order", "lists"), "*i32")
     sizes = {"SAMPLES": group_kernels.MOST, "SHARED": 8}
     yield Case("groups of equal codes", group_kernels.equal_groups_kernel, pointers, sizes, 8, 3)
+    names = ("count", "gated_inner", "gated_outer", "dense_inner", "dense_outer")
+    constants = {"CHUNK": switch_kernels.CHUNK}
+    yield Case("switch", switch_kernels.switch_kernel, dict.fromkeys(names, "*i32"), constants, 4, 3)
 
 
 def schedule(listed: str) -> Case:
