@@ -1,7 +1,7 @@
 """Measure up to which density the Triton kernels beat the dense way, on this GPU."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,7 +89,8 @@ def measure(case: Case, seconds: float, device: torch.device, timer: Timer | Non
 
 def calls(case: Case, device: torch.device) -> dict[str, Call]:
     """The dense way, the kernels at every density, and the device's choice with either side serving."""
-    c, side, like = case.channels, case.side, {"device": device, "dtype": case.dtype}
+    c, side = case.channels, case.side
+    like: dict[str, Any] = {"device": device, "dtype": case.dtype}
     x = torch.randn(case.batch, c, case.image, case.image, **like).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(c, c, side, side, **like) / (side * c**0.5), torch.randn(c, **like)
     weight = weight.contiguous(memory_format=torch.channels_last)

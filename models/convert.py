@@ -138,7 +138,7 @@ def _open_gates(model: GatedResNet, density: float) -> None:
     for module in model.modules():
         if isinstance(module, CodebookGate):
             with torch.no_grad():
-                module.masks += logit * _AMONG_MASKS
+                module.masks.add_(logit * _AMONG_MASKS)
         elif isinstance(module, ChannelGate):
             assert module.conv2.bias is not None
             nn.init.constant_(module.conv2.bias, logit)

@@ -1,7 +1,7 @@
 """Masks of a chosen density in place of what the gates decide, for tests and benchmarks."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -53,7 +53,7 @@ def fix_gates(model: nn.Module, density: float | Mapping[str, float], seed: int 
             gate = gates[key]
             masks = _FixedMasks(key, value, seed, getattr(gate, "codebook", None))
             if isinstance(gate, PackedGate):  # part of its block's operator
-                own = masks.of_codebook if isinstance(gate, PackedCodebookGate) else masks.of_packed
+                own: Callable[..., Any] = masks.of_codebook if isinstance(gate, PackedCodebookGate) else masks.of_packed
                 stack.callback(setattr, gate, "fixed", gate.fixed)
                 gate.fixed = partial(own, gate)
             else:

@@ -3,6 +3,7 @@
 No compiled library has a part in these operators, and so their schemas are not among its own.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ def _shared(x: Tensor, *rest: Any) -> Tensor:
     """Groups of ``shared`` samples of similar masks, the last argument."""
     from gatedkernels.ops.ragged import gated  # importing the package imports no Triton
 
-    *others, shared = rest
-    return gated.gated_block(x, *others, shared, True).contiguous(memory_format=arguments.memory_format(x))
+    run: Callable[..., Tensor] = gated.gated_block
+    return run(x, *rest, similar=True).contiguous(memory_format=arguments.memory_format(x))
 
 
 def _switched(x: Tensor, *rest: Any) -> Tensor:

@@ -83,6 +83,7 @@ def _forward(
     if backend == "triton" and threshold < 1 and in_mask is None:  # the device compares it
         from gatedkernels.ops.ragged import switch
 
+        assert out_mask is not None  # without a mask nothing has a threshold
         y = switch.gated_conv2d(x, weight, bias, out_mask, stride, padding, dilation, threshold)
     else:
         y = launcher(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups)

@@ -6,7 +6,7 @@ ends at once. Nothing is copied to the host, and a captured graph follows its ma
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def gated_conv2d(
     y = x.new_empty((x.shape[0], *size, channels)).permute(0, 3, 1, 2)
     x, weight, lists = channels_dense(x), rows(weight, False), plan(out_mask)
     chosen = sides(lists, channels, channels, threshold)
-    window = {"stride": stride, "padding": padding, "dilation": dilation}
+    window: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     # The gated side writes zeros where it lists nothing; the other one comes after it.
     convolve(x, weight, bias, y, outs=List(lists.indices, chosen.gated_inner), **window)
     return convolve(
@@ -91,8 +91,8 @@ def gated_block(
     y = x.new_empty((x.shape[0], *size, outer)).permute(0, 3, 1, 2)
     if residual is not None and residual.stride() != y.stride():
         residual = torch.empty_like(y).copy_(residual)
-    first = {"stride": stride, "padding": (1, 1), "relu": True, "packed_out": True}
-    second = {"padding": (1, 1), "relu": True, "residual": residual, "packed_out": True}
+    first: dict[str, Any] = {"stride": stride, "padding": (1, 1), "relu": True, "packed_out": True}
+    second: dict[str, Any] = {"padding": (1, 1), "relu": True, "residual": residual, "packed_out": True}
     convolve(x, weight1, bias1, hidden, outs=List(lists.indices, chosen.gated_inner), **first)
     convolve(
         x, weight1, bias1, hidden, outs=List(None, chosen.dense_inner), gate=mask.contiguous(), shared=together, **first
