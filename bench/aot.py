@@ -34,8 +34,10 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from gatedkernels.ops.channel_gate import configurations as gates  # noqa: E402
+from gatedkernels.ops.channel_gate import kernels as gate_kernels  # noqa: E402
 from gatedkernels.ops.plan import kernels as plan_kernels  # noqa: E402
-from gatedkernels.ops.ragged import gradient_kernels, kernels, schedule_kernels  # noqa: E402
+from gatedkernels.ops.ragged import gradient_kernels, group_kernels, kernels, schedule_kernels, switch_kernels  # noqa: E402
 from gatedkernels.ops.ragged.configurations import (  # noqa: E402
     GRADIENT_TILES,
     GROUPED_ROWS,
@@ -111,7 +113,7 @@ def conv(
         side: Of the window.
         stride: Between windows.
         how: "" is a program for each tile, "scheduled" a list of tiles; "part" sums a part of a reduction, and "finish"
-            adds the parts up.
+            adds the parts up; "summed" leaves sums of pixels, of neighbours.
         daily: Whether it is compiled without ``--all``.
     """
     gradient, out, listed_inputs = kind == "dx", kind == "out", kind in ("in", "packed", "dx")
@@ -119,14 +121,16 @@ def conv(
     tensors = {"x", "weight", "y"} | ({"bias"} if not gradient else set())
     tensors |= {"residual"} if listed_inputs and not gradient else set()
     lists = {"out_index", "out_count"} if out else {"in_index", "in_count"} if listed_inputs else set()
-    lists |= {"order", "lists"} if grouped else set()
+    lists |= {"order", "lists"} if grouped and how != "summed" else set()
     lists |= {"tiles"} if how == "scheduled" else set()
-    optional = {"bias", "residual", "gate", "in_index", "in_count", "out_index", "out_count", "order", "lists"}
+    optional = {"bias", "residual", "gate", "sums", "in_index", "in_count", "out_index", "out_count", "order", "lists"}
     optional |= {"tiles", "partial"}
     split = how in ("part", "finish")
     spread, between = (stride, 1) if gradient else (1, stride)
     constants = {
-        **dict.fromkeys(optional - tensors - lists - ({"partial"} if split else set())),
+        **dict.fromkeys(
+            optional - tensors - lists - ({"partial"} if split else {"sums"} if how == "summed" else set())
+        ),
         # Weights lie in rows of what is not listed: along the outputs where inputs are listed, else along the inputs.
         **({} if grouped else {"weight_stride_k" if listed_inputs else "weight_stride_c": 1}),
         **window(side, between),
@@ -147,7 +151,7 @@ def conv(
     if kind != "dense" and not grouped:
         constants["shared"] = 1
     pointers = {**dict.fromkeys(tensors, f"*{numbers}"), **dict.fromkeys(lists, "*i32")}
-    pointers |= {"partial": "*fp32"} if split else {}
+    pointers |= {"partial": "*fp32"} if split else {"sums": "*fp32"} if how == "summed" else {}
     tile_name = f"{tile.rows}x{tile.channels}x{tile.depth}"
     name = " ".join(filter(None, ["conv", kind, how, f"{side}x{side}/{stride}", numbers, tile_name]))
     stages, rows = (1, 0) if how == "finish" else (tile.pipeline(listed_inputs), tile.rows)
@@ -173,6 +177,35 @@ def weight_gradient(listed: str, numbers: str, tile: GradientTile, daily: bool =
     return Case(name, kernel, pointers, constants, tile.warps, tile.stages, tile.outputs, daily)
 
 
+def gate(kind: str, numbers: str, size: str, tile: gates.GateTile) -> Case:
+    """A gate of images, with its list ("lists") or with the number of its largest logit ("codes")."""
+    outputs = {"mask": "*i1", "index": "*i32", "count": "*i32", "codes": "*i32"}
+    kept = {"codes"} if kind == "codes" else outputs.keys() - {"codes"}
+    layers = dict.fromkeys(("weight1", "bias1", "weight2", "bias2"), "*fp32")
+    constants = {
+        **dict.fromkeys(outputs.keys() - kept),
+        **{name.upper(): value for name, value in tile._asdict().items() if name != "warps"},
+        "x_stride_c": 1,
+        "group": 1,
+        "GROUP": 1,
+    }
+    pointers = {"x": f"*{numbers}", **layers, **{name: outputs[name] for name in kept}}
+    return Case(f"gate {kind} {numbers}, {size}", gate_kernels.gate_kernel, pointers, constants, tile.warps, 3)
+
+
+def gate_cases() -> Iterator[Case]:
+    """Gates, which samples share a code, and which of two sides serves."""
+    tiles = gates.shipped()
+    yield from (gate("lists", "bf16", size, tile_) for size, tile_ in tiles.items())
+    yield from (gate(kind, numbers, "512", tiles["512"]) for kind, numbers in (("lists", "fp32"), ("codes", "bf16")))
+    pointers = dict.fromkeys(("codes", "order", "lists"), "*i32")
+    sizes = {"SAMPLES": group_kernels.MOST, "SHARED": 8}
+    yield Case("groups of equal codes", group_kernels.equal_groups_kernel, pointers, sizes, 8, 3)
+    names = ("count", "gated_inner", "gated_outer", "dense_inner", "dense_outer")
+    constants = {"CHUNK": switch_kernels.CHUNK}
+    yield Case("switch", switch_kernels.switch_kernel, dict.fromkeys(names, "*i32"), constants, 4, 3)
+
+
 def schedule(listed: str) -> Case:
     """The list of tiles where outputs or inputs are listed, of groups that are not neighbours."""
     used = {f"{listed}_count", "order", "lists", "tiles"}
@@ -184,6 +217,7 @@ def schedule(listed: str) -> Case:
 
 def cases(chip: str = "hopper") -> Iterator[Case]:
     """Everything that is shipped for a chip: one of ``configurations.TILES``."""
+    yield from gate_cases()
     lists = {"index": "*i32", "count": "*i32"}
     yield Case(
         "plan", plan_kernels.plan_kernel, {"mask": "*i1", **lists}, {"order": None, "CHUNK": plan_kernels.CHUNK}, 4, 3
@@ -214,6 +248,7 @@ def convolutions(numbers: str, listed: list[Tile], whole: list[Tile], every_tile
     yield conv("out", numbers, listed[-1], stride=2, daily=brain)
     yield conv("dx", numbers, whole[-1], stride=2, daily=brain)
     yield from (conv(kind, numbers, whole[-1], daily=brain) for kind in ("dense", "packed", "dx"))
+    yield conv("packed", numbers, whole[-1], how="summed", daily=brain)
 
 
 def compile_case(case: Case, arch: int) -> Outcome:

@@ -34,7 +34,10 @@ from bench.results import Results
 from gatedkernels.reporting.machine import versions
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = tuple(f"tests/ops/test_triton_{name}.py" for name in ("kernels", "schedules", "cuda"))
+TESTS = tuple(
+    f"tests/ops/test_{name}.py"
+    for name in ("triton_kernels", "triton_schedules", "gate_kernels", "switch_kernels", "triton_cuda")
+)
 
 _AGREEMENT = 0.02  # between two results in bfloat16
 

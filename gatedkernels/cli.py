@@ -244,16 +244,18 @@ def calibrate(
     pixels: Annotated[list[int] | None, typer.Option(min=1, help="Output pixels of a batch, one or several.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to measure with and for.")] = None,
     seconds: Annotated[float, typer.Option(help="Seconds for each of some two hundred classes of calls.")] = 0.2,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Whose kernels; a thousand classes on cuda.")] = "cpu",
 ) -> None:
     """Measure up to which density the gated kernels beat dense ones here, and use that from now on."""
     from gatedkernels import calibration, thresholds
 
     try:
         calibration.calibrate(
-            channels=channels or calibration.CHANNELS,
-            pixels=pixels or calibration.PIXELS,
+            channels=channels,
+            pixels=pixels,
             threads=threads,
             seconds=seconds,
+            device=device,
             progress=typer.echo,
         )
     except (OSError, RuntimeError, ValueError) as error:

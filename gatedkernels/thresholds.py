@@ -1,4 +1,4 @@
-"""Measured thresholds: a table on disk, by machine, threads and shape class, from density to who serves.
+"""Measured thresholds: a table on disk, by machine or GPU, threads and shape class, from density to who serves.
 
 ``gatedkernels.calibration`` measures and writes it; ``gatedkernels.policy`` reads it once, when it first chooses.
 """
@@ -34,6 +34,31 @@ def machine() -> str:
     return f"{cpu_name()}, {_extension.instruction_set()}, torch {torch.__version__}, gatedkernels {version()}"
 
 
+GPU_THREADS = 0  # what measurements on a GPU are kept under
+
+
+@lru_cache
+def gpu(device: torch.device) -> str:
+    """The same for a GPU."""
+    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    versions = f"cuDNN {torch.backends.cudnn.version()}, triton {version('triton')}, torch {torch.__version__}"
+    return f"{name}, sm_{major}{minor}, {versions}, gatedkernels {version()}"
+
+
+def gpu_kind(kernel: str, weight: Tensor, rounded: bool, image: int) -> str:
+    """What is looked up first on a GPU: what is computed, and from how many output pixels of a sample.
+
+    Args:
+        kernel: Whose threshold.
+        weight: Of its filters.
+        rounded: Whether float32 numbers may be rounded to tf32.
+        image: Output pixels of one sample: they say how often a fetched weight is used.
+    """
+    side, dtype = weight.shape[-1], str(weight.dtype).removeprefix("torch.")
+    dtype = "tf32" if rounded and weight.dtype == torch.float32 else dtype
+    return f"{kernel} {side}x{side} {dtype}, images of {pixel_class(image)} pixels"
+
+
 def kind(kernel: str, weight: Tensor, channels_last: bool) -> str:
     """What is looked up first: what is computed, and how the images lie."""
     side, dtype = weight.shape[-1], str(weight.dtype).removeprefix("torch.")
@@ -57,9 +82,14 @@ def find(table: Table, kind_: str, channels: int, pixels: int) -> float | None:
     return measured[max(below)] if below else None
 
 
-def load(threads: int) -> Table:
-    """The thresholds measured on this machine with so many threads; of a damaged file none, with a warning."""
-    return _parse(_STORE.load().get(machine(), {}).get(str(threads), {}).get("thresholds", {}))
+def load(threads: int, where: str | None = None) -> Table:
+    """The thresholds measured here with so many threads; of a damaged file none, with a warning.
+
+    Args:
+        threads: Of the CPU; ``GPU_THREADS`` for a GPU.
+        where: What they hold for; None: this machine.
+    """
+    return _parse(_STORE.load().get(where or machine(), {}).get(str(threads), {}).get("thresholds", {}))
 
 
 def check_writable() -> Path:
@@ -72,10 +102,10 @@ def check_writable() -> Path:
     return _STORE.check_writable()
 
 
-def save(table: Table, threads: int) -> Path:
+def save(table: Table, threads: int, where: str | None = None) -> Path:
     """Merge thresholds into the file; others that are there stay, also those that another process writes meanwhile.
 
-    A damaged file is kept under another name, with a warning.
+    A damaged file is kept under another name, with a warning. Arguments are those of `load`.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -83,7 +113,7 @@ def save(table: Table, threads: int) -> Path:
     """
 
     def merge(machines: dict[str, Any]) -> None:
-        entry = machines.setdefault(machine(), {}).setdefault(str(threads), {})
+        entry = machines.setdefault(where or machine(), {}).setdefault(str(threads), {})
         thresholds = _parse(entry.get("thresholds", {}))
         for kind_, by_channels in table.items():
             for channels, by_pixels in by_channels.items():

@@ -120,6 +120,7 @@ class TrainConfig(RunConfig):
     recipe: str = "vicreg-dual"
 
     gate_group: Annotated[int, "Neighbouring channels that share one decision."] = 1
+    gate_codebook: Annotated[int | None, "Masks of each gate, of which a sample has one; none: any mask."] = None
     gate_bias: Annotated[float | None, "Initial bias of the gates' logits; none: no bias, half of them open."] = None
 
     budget: Annotated[float, "Target of the sparsity loss: the share of the FLOPs to keep."] = 0.3
@@ -138,6 +139,8 @@ class TrainConfig(RunConfig):
         self._require_positive("gate_group", "trust")
         self._require_not_negative("sparsity_weight", "bound_weight", "bound_decay", "gate_warmup_epochs")
         self._require_not_negative("invariance", "variance", "covariance")
+        codebook = self.gate_codebook
+        _require("gate_codebook", codebook, codebook is None or codebook > 0, "be positive")
         _require("budget", self.budget, 0 < self.budget <= 1, "be above 0 and at most 1")
 
 

@@ -117,6 +117,7 @@ def build_backbone(config: TrainConfig) -> Backbone:
             width=config.width,
             group=config.gate_group,
             gate_bias=config.gate_bias,
+            codebook=config.gate_codebook,
         )
 
 

@@ -13,10 +13,11 @@ from torch.nn.functional import conv2d, pad
 
 from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm
-from gatedkernels.nn.gate import ChannelGate
+from gatedkernels.nn.gate import GateLogits
 from gatedkernels.nn.gated_conv import GatedConv2d
 from gatedkernels.nn.masks import spread
 from gatedkernels.nn.pages import on_large_pages
+from gatedkernels.ops.channel_gate.reference import channel_gate_reference
 from gatedkernels.ops.gated_conv2d.op import gated_conv2d
 from gatedkernels.ops.packed import pack_blocks, unpack_blocks
 
@@ -44,7 +45,7 @@ class Packed(nn.Module):
 
 
 class PackedGate(Packed):
-    """A channel gate, its normalisation folded; returns the mask alone."""
+    """A gate, its normalisation folded; returns the mask alone."""
 
     is_gate = True
     weight1: Tensor
@@ -52,7 +53,7 @@ class PackedGate(Packed):
     weight2: Tensor
     bias2: Tensor
 
-    def __init__(self, gate: ChannelGate) -> None:
+    def __init__(self, gate: GateLogits) -> None:
         super().__init__()
         weight1, bias1 = fold_norm(gate.conv1.weight, gate.conv1.bias, gate.bn)
         weight2, bias2 = gate.conv2.weight.flatten(1), gate.conv2.bias
@@ -64,8 +65,17 @@ class PackedGate(Packed):
         )
         self.shapes = ConvShape.of(gate.conv1), ConvShape.of(gate.conv2)
         # What is opened instead of the gate's decision for so many samples; see `fix_gates`.
-        self.fixed: Callable[[int], Tensor] | None = None
+        self.fixed: Callable[[int], Any] | None = None
         self.eval()
+
+    @property
+    def decisions(self) -> int:
+        """How many channels, or groups of them, are decided about."""
+        return len(self.bias2)
+
+    def layers(self) -> list[Tensor]:
+        """Weights and bias of the hidden layer and of the last one."""
+        return list(map(self._buffers.__getitem__, _WEIGHTS))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""
@@ -74,10 +84,7 @@ class PackedGate(Packed):
 
     def _decide(self, x: Tensor) -> Tensor:
         check_images(x, self.shapes[0].in_channels, self.weight1, is_computed=True)
-        if _is_native(x):
-            return _ops.channel_gate(x, *map(self._buffers.__getitem__, _WEIGHTS))
-        hidden = nn.functional.linear(x.mean((2, 3)), self.weight1, self.bias1).relu()
-        return nn.functional.linear(hidden, self.weight2, self.bias2) >= 0
+        return _ops.channel_gate(x, *self.layers()) if _is_native(x) else channel_gate_reference(x, *self.layers())
 
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
         """Cost of the gate's layers; see `gatedkernels.nn.flops`."""

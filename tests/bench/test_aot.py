@@ -36,7 +36,7 @@ def test_every_day_has_each_kernel_and_each_tile(chip: str):
     if chip != "ada":
         tiles = {case.name for case in cases if re.match(r"conv (out|in) 3x3/1 fp32", case.name)}
         assert tiles <= {case.name for case in daily}
-    assert len(daily) < 60
+    assert len(daily) < 70
 
 
 @pytest.mark.parametrize("arch", aot.MATRIX)

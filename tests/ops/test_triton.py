@@ -13,11 +13,14 @@ from gatedkernels import policy
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+INTERPRETED_FILES = [
+    f"test_{name}.py" for name in ("triton_kernels", "triton_schedules", "gate_kernels", "switch_kernels")
+]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="they run in this process")
-@pytest.mark.parametrize("file", ["test_triton_kernels.py", "test_triton_schedules.py"])
+@pytest.mark.parametrize("file", INTERPRETED_FILES)
 def test_the_kernels_interpreted(file: str):
     """Triton reads TRITON_INTERPRET when it is imported: a process of its own."""
     triton = pytest.importorskip("triton")

@@ -282,6 +282,15 @@ def _fitting(
     return [chosen._replace(tile=each) for each in fitting]
 
 
+# Samples of one list whose images are small share a tile of so many pixels, and with it what that fetches.
+TOGETHER, MOST_TOGETHER = 128, 8
+
+
+def together(pixels: int) -> int:
+    """How many samples of one list, with images of so many pixels, fill a tile."""
+    return min(-(-TOGETHER // max(pixels, 1)), MOST_TOGETHER)
+
+
 class GradientTile(NamedTuple):
     """What one program of the weights' gradient computes: outputs by inputs, ``rows`` pixels a step."""
 

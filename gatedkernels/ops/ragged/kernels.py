@@ -10,6 +10,8 @@ or a few programs share a list of the tiles that there are.
 import triton
 import triton.language as tl
 
+# So many neighbouring pixels of a sample are added up for a gate that reads the result.
+SLOT = tl.constexpr(16)
 # A packed tensor holds zeros from count to the next multiple of this, so that loads may be as wide as that.
 STEP = tl.constexpr(16)
 
@@ -73,7 +75,7 @@ def convolve_tile(
     FINISH: tl.constexpr,
 ):
     """One tile of pixels by listed output channels: reduce over taps and listed input channels, then finish."""
-    x, weight, bias, residual, gate, y, partial = tensors
+    x, weight, bias, residual, gate, y, sums, partial = tensors
     in_index, in_count, out_index, out_count, order, lists = sides
     samples, shared, height, width, in_channels, out_height, out_width, out_channels = sizes
     x_stride_n, x_stride_h, x_stride_w, weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s = strides[:7]
@@ -172,7 +174,15 @@ def convolve_tile(
         if gate is not None:
             at_gate = gate + sample.to(tl.int64)[:, None] * out_channels + channel[None, :]
             total = tl.where(tl.load(at_gate, row_open[:, None] & listed[None, :], other=0) != 0, total, 0.0)
-        tl.store(y + at_y, total.to(y.dtype.element_ty), stored)
+        result = total.to(y.dtype.element_ty)
+        tl.store(y + at_y, result, stored)
+        if sums is not None:  # of what is stored; a group is one sample then
+            added = tl.where(stored, result.to(tl.float32), 0.0)
+            added = tl.sum(tl.reshape(added, (ROWS // SLOT, SLOT, CHANNELS)), 1)
+            slot = tl.min(row, 0) // SLOT + tl.arange(0, ROWS // SLOT)
+            slots = tl.cdiv(pixels, SLOT)
+            at = (group.to(tl.int64) * slots + slot)[:, None] * out_channels + written[None, :]
+            tl.store(sums + at, added, (slot < slots)[:, None] & (position < out_channels)[None, :])
 
 
 @triton.jit
@@ -183,6 +193,7 @@ def ragged_conv_kernel(
     residual,  # strides of y, or None
     gate,  # bool (samples, out_channels): outputs that are zero although their list has them, or None
     y,  # (samples, out_height, out_width, channels), channels dense
+    sums,  # float32 (samples, pixels / SLOT, out_channels): of pixels of y, where all is written; or None
     in_index,
     in_count,
     out_index,
@@ -232,7 +243,7 @@ def ragged_conv_kernel(
     FINISH: tl.constexpr,  # add the parts up and finish the tiles
 ):
     """Convolve tiles of pixels by listed output channels: one a program, or those of a list of tiles in turn."""
-    tensors = (x, weight, bias, residual, gate, y, partial)
+    tensors = (x, weight, bias, residual, gate, y, sums, partial)
     sides = (in_index, in_count, out_index, out_count, order, lists)
     sizes = (samples, shared, height, width, in_channels, out_height, out_width, out_channels)
     strides = (

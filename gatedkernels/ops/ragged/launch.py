@@ -13,7 +13,7 @@ from gatedkernels.ops.plan import kernels as plan_kernels
 from gatedkernels.ops.ragged import gradient_kernels, kernels, measured, schedule_kernels
 from gatedkernels.ops.ragged.configurations import GRADIENT_PROGRAMS, GRADIENT_TILES, Configuration, Shape
 
-STEP = kernels.STEP.value
+STEP, SLOT = kernels.STEP.value, kernels.SLOT.value
 
 
 class List(NamedTuple):
@@ -72,6 +72,12 @@ def packed_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     return x.new_empty((x.shape[0], height, width, room)).permute(0, 3, 1, 2)[:, :channels]
 
 
+def sums_like(y: Tensor) -> Tensor:
+    """Memory for the sums of each ``SLOT`` neighbouring pixels of images (N, K, H, W): (N, K, slots, 1)."""
+    slots = triton.cdiv(y.shape[2] * y.shape[3], SLOT)
+    return y.new_empty((y.shape[0], slots, 1, y.shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
+
+
 def pack(x: Tensor, channels: List) -> Tensor:
     """The listed channels of every sample of ``x`` (N, C, H, W) side by side, channels-last."""
     samples, width_in, height, width = x.shape
@@ -111,6 +117,7 @@ def convolve(
     relu: bool = False,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    sums: Tensor | None = None,
     packed_in: bool = False,
     packed_out: bool = False,
     shared: int = 1,
@@ -135,6 +142,7 @@ def convolve(
         relu: Apply a ReLU.
         residual: Added before the ReLU, layout of ``y``.
         gate: Bool (N, K), contiguous: listed outputs that are zero all the same.
+        sums: Filled with sums of pixels of ``y``, from ``sums_like``: all channels are written, groups are samples.
         packed_in: The listed channels of ``x`` lie side by side, with zeros up to the next step. If not, and ``ins``
             has an index, they lie side by side and nothing behind them is read.
         packed_out: Write the listed channels side by side; else each at its place, and zeros elsewhere.
@@ -157,6 +165,7 @@ def convolve(
     )  # fmt: skip
     if shape.groups * shape.pixels * out_channels == 0:
         return y
+    assert sums is None or (shared == 1 and groups.order is None and not packed_out)
     assert (x.stride(1) == 1 or in_channels == 1) and (y.stride(1) == 1 or out_channels == 1)
 
     def run(chosen: Configuration) -> None:
@@ -170,7 +179,7 @@ def convolve(
             partial = x.new_empty((count, chosen.splits, tile.rows, tile.channels), dtype=torch.float32)
         for finish in (False,) if partial is None else (False, True):
             kernels.ragged_conv_kernel[grid[:1] if finish else grid](
-                x, weight, bias, residual, gate, y, ins.indices, ins.counts, outs.indices, outs.counts, *groups,
+                x, weight, bias, residual, gate, y, sums, ins.indices, ins.counts, outs.indices, outs.counts, *groups,
                 tiles, partial, samples, shared, height, width, in_channels, out_height, out_width, out_channels,
                 x.stride(0), x.stride(2), x.stride(3), *weight.stride()[:4], y.stride(0), y.stride(2), y.stride(3),
                 *weight.shape[2:4], *stride, *padding, *dilation, *spread,
