@@ -89,6 +89,7 @@ class SlimmableMobileNetV2(SlimmableNetwork):
     """
 
     num_features = _LAST
+    features_narrow = False
 
     def __init__(
         self,
