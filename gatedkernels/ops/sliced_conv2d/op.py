@@ -77,10 +77,17 @@ def _launch_cpu(
     return torch.ops.gatedkernels.sliced_conv2d_cpu(x, weight, bias, in_width, out_width, stride[0])
 
 
+def _launch_triton(*args: Any) -> Tensor:
+    from gatedkernels.ops.ragged.sliced import sliced_conv2d
+
+    return sliced_conv2d(*args)
+
+
 LAUNCHERS: dict[str, Callable[..., Tensor]] = {
     "reference": sliced_conv2d_reference,
     "dense": _launch_dense,
     "cpu": _launch_cpu,
+    "triton": _launch_triton,
 }
 
 
@@ -150,6 +157,12 @@ def _backward_cpu(
     return (rest[0] if dx is None else dx), *rest[1:]
 
 
+def _backward_triton(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    from gatedkernels.ops.ragged.sliced import sliced_conv2d_backward
+
+    return sliced_conv2d_backward(*args)
+
+
 def _backward_launch(
     dy: Tensor,
     x: Tensor,
@@ -164,7 +177,9 @@ def _backward_launch(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     launcher: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]] = sliced_conv2d_backward_reference
-    if backend != "reference" and x.device.type == "cpu":
+    if backend == "triton":
+        launcher = _backward_triton
+    elif backend != "reference" and x.device.type == "cpu":
         launcher = _backward_cpu if backend == "cpu" else _backward_grouped
     dx, dweight, dbias = launcher(dy, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask)
     return (
@@ -246,7 +261,7 @@ def sliced_conv2d(
         padding: Zero pixels added on every side.
         dilation: Pixels between the taps of a window.
         groups: Groups of the convolution.
-        backend: "reference", "dense", "cpu", or "auto": the policy's choice. An explicit one never falls back.
+        backend: "reference", "dense", "cpu", "triton", or "auto": the policy's choice. An explicit one never falls back.
 
     Returns:
         Shape (N, out_width, H', W') with an int; with a tensor (N, K, H', W'), zeros beyond each sample's width. It is
