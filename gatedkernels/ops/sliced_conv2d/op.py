@@ -55,8 +55,7 @@ def _launch_dense(
             part = conv2d(part, filters, shift, list(stride), list(padding), list(dilation), some)[:, :outs]
             put(y, samples, 1, part)
         elif outs and bias is not None:
-            count = x.shape[0] if samples is None else len(samples)
-            put(y, samples, 1, bias[:outs, None, None].expand(count, outs, *shape[2:]))
+            put(y, samples, 1, bias[:outs, None, None].expand(1, outs, *shape[2:]))
     return y
 
 
