@@ -67,7 +67,7 @@ aot-%:
 OUT ?= build/gpu
 PARTS ?= all
 bench-gpu:
-	$(PYTHON) bench/gpu.py --out $(OUT) $(PARTS)
+	$(PYTHON) -m bench.gpu --out $(OUT) $(PARTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info gatedkernels/*.so

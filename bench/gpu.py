@@ -1,7 +1,7 @@
-"""The GPU benchmark in one script: ``python bench/gpu.py [--out FOLDER] [PART ...]``.
+"""The GPU benchmark in one command: ``python -m bench.gpu [--out FOLDER] [PART ...]``, from the root of a checkout.
 
-It needs a checkout and a python with PyTorch, Triton and pytest: no network, no installation, no compiled library. What
-is measured is written after every case, so that a run that is cut short has lost nothing.
+It needs that checkout and a python with PyTorch, Triton and pytest: no network, no installation, no compiled library.
+What is measured is written after every case, so that a run that is cut short has lost nothing.
 """
 
 import argparse
@@ -14,18 +14,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SMALL_BATCHES, GpuBlock
+from bench.gpu_plot import plots
+from bench.gpu_time import measure
+from bench.gpu_trials import Way, backward_ways, block_ways, ceilings, conv_ways, network_ways
+from bench.results import Results
+from gatedkernels.reporting.machine import versions
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402 - needs the path
-
-from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SMALL_BATCHES, GpuBlock  # noqa: E402
-from bench.gpu_plot import plots  # noqa: E402
-from bench.gpu_time import measure  # noqa: E402
-from bench.gpu_trials import Way, backward_ways, block_ways, ceilings, conv_ways, network_ways  # noqa: E402
-from bench.results import Results  # noqa: E402
-from gatedkernels.reporting.machine import versions  # noqa: E402
-
 TESTS = ("tests/ops/test_triton_kernels.py", "tests/ops/test_triton_cuda.py")
 
 _AGREEMENT = 0.02  # between two results in bfloat16
@@ -177,7 +175,7 @@ def save(out: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m bench.gpu", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, or all (without the compiled)")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of results")
     parser.add_argument("--small", action="store_true", help="the first case of each part, tiny: to see that it works")

@@ -1,4 +1,4 @@
-"""Pictures of a GPU benchmark: ``python bench/gpu_plot.py results.json`` writes them beside it."""
+"""Pictures of a GPU benchmark: ``python -m bench.gpu_plot results.json`` writes them beside it."""
 
 import importlib.util
 import json

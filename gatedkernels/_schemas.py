@@ -16,7 +16,7 @@ SCHEMAS = (
     " SymInt groups, bool dense_input_grad, bool[3] output_mask, str backend, float threshold)"
     " -> (Tensor, Tensor, Tensor)",
     "gated_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
-    " Tensor? residual, SymInt[2] stride, str backend, float threshold) -> Tensor",
+    " Tensor? residual, SymInt[2] stride, str backend) -> Tensor",
     # The block where gradients are wanted: it keeps the hidden activation for them, as its kernels left it.
     "gated_block_kept(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor mask,"
     " Tensor? residual, SymInt[2] stride, float threshold) -> (Tensor, Tensor)",

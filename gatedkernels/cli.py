@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gatedkernels import __version__
 from gatedkernels.training.config import CONFIGS, OPTIONS, Device, Measure
 from gatedkernels.training.errors import DataError, RunError, TrainingError
 from gatedkernels.training.recipes import RECIPES, make_config
@@ -53,10 +54,25 @@ def _explained() -> Iterator[None]:
         raise SystemExit(1) from error
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"gatedkernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
 def train(context: typer.Context, recipe: str, run_dir: Path, resume: bool, **options: Any) -> None:
     """Train a recipe; every option changes one value of it.
 
-    After each epoch the run can be killed and continued with --resume, to the same losses.
+    The run can be killed at any time; --resume continues it after its last finished epoch, to the same losses.
     """
     from gatedkernels.training.run import train_run
     from gatedkernels.training.run_folder import RunFolder

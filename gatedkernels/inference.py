@@ -19,7 +19,8 @@ from gatedkernels.nn import (
     is_slimmable,
 )
 from gatedkernels.nn import slice as slice_network
-from gatedkernels.nn.packed import Packed, PackedBasicBlock, PackedBottleneck, PackedConv2d, PackedGatedConv2d
+from gatedkernels.nn.packed import Packed, PackedConv2d, PackedGatedConv2d
+from gatedkernels.nn.packed_blocks import PackedBasicBlock, PackedBottleneck
 from gatedkernels.nn.packed_stem import PackedPool, PackedStem
 
 

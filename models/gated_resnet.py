@@ -1,10 +1,11 @@
 """ResNets whose blocks are gated, with torchvision's names."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from gatedkernels.models._options import check_choice, check_num_classes, start_convolutions
 from gatedkernels.models._registry import register_model
 from gatedkernels.nn import Branch, Gate, GatedBasicBlock, GatedBottleneck, check_branch, gate_key
 
@@ -56,12 +57,10 @@ class GatedResNet(nn.Module):
         gate_bias: float | None = None,
     ) -> None:
         super().__init__()
-        if stem not in get_args(Stem):
-            raise ValueError(f"stem must be one of {', '.join(map(repr, get_args(Stem)))}, got {stem!r}")
+        check_choice("stem", stem, Stem)
         if stem_padding < 0:
             raise ValueError(f"stem_padding must be at least 0, got {stem_padding}")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be positive or None, got {num_classes}")
+        check_num_classes(num_classes)
         planes = round(64 * width)
         if planes < 1:
             raise ValueError(f"width must leave at least one of 64 channels, got {width}")
@@ -84,9 +83,7 @@ class GatedResNet(nn.Module):
         self.avgpool: nn.Module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
         self.num_features = channels
         self.fc: nn.Module = nn.Identity() if num_classes is None else nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        start_convolutions(self)
 
     def blocks(self) -> dict[str, GatedBasicBlock | GatedBottleneck]:
         """List the residual blocks by name, in order."""

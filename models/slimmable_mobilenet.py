@@ -1,11 +1,12 @@
 """MobileNetV2 of any width, with torchvision's names."""
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gatedkernels.models._options import check_choice, check_num_classes, start_convolutions
 from gatedkernels.models._registry import register_model
 from gatedkernels.models.gated_resnet import Stem
 from gatedkernels.models.slimmable_resnet import Norm, make_norm
@@ -103,10 +104,8 @@ class SlimmableMobileNetV2(SlimmableNetwork):
         divisor: int = 8,
     ) -> None:
         super().__init__()
-        if stem not in get_args(Stem):
-            raise ValueError(f"stem must be one of {', '.join(map(repr, get_args(Stem)))}, got {stem!r}")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be positive or None, got {num_classes}")
+        check_choice("stem", stem, Stem)
+        check_num_classes(num_classes)
         layers = _Layers(norm, widths, track_running_stats, divisor)
         first = layers(3, _STEM, 3, 1 if stem == "cifar" else 2, slices=(False, True))
         features: list[nn.Module] = [nn.Sequential(*first, nn.ReLU6(inplace=True))]
@@ -126,9 +125,7 @@ class SlimmableMobileNetV2(SlimmableNetwork):
             nn.init.normal_(layer.weight, 0, 0.01)
             nn.init.zeros_(layer.bias)
             self.classifier = nn.Sequential(nn.Dropout(dropout), layer)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        start_convolutions(self)
         if norm == "switchable":
             self.set_width(max(widths))
 

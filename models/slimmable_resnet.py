@@ -1,11 +1,12 @@
 """ResNets of any width, with torchvision's names."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from gatedkernels.models._options import check_choice, check_num_classes, start_convolutions
 from gatedkernels.models._registry import register_model
 from gatedkernels.models.gated_resnet import Stem
 from gatedkernels.nn import (
@@ -31,8 +32,7 @@ def make_norm(
     Raises:
         ValueError: If there is none of this name.
     """
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of {', '.join(map(repr, get_args(Norm)))}, got {norm!r}")
+    check_choice("norm", norm, Norm)
     if norm == "switchable":
         return SwitchableBatchNorm2d(channels, widths, **options)
     return SlimmableBatchNorm2d(channels, track_running_stats=track_running_stats, **options)
@@ -82,12 +82,10 @@ class SlimmableResNet(SlimmableNetwork):
         divisor: int = 8,
     ) -> None:
         super().__init__()
-        if stem not in get_args(Stem):
-            raise ValueError(f"stem must be one of {', '.join(map(repr, get_args(Stem)))}, got {stem!r}")
+        check_choice("stem", stem, Stem)
         if stem_padding < 0:
             raise ValueError(f"stem_padding must be at least 0, got {stem_padding}")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be positive or None, got {num_classes}")
+        check_num_classes(num_classes)
         if channels < 1:
             raise ValueError(f"channels must be positive, got {channels}")
 
@@ -114,9 +112,7 @@ class SlimmableResNet(SlimmableNetwork):
         self.fc: nn.Module = nn.Identity()
         if num_classes is not None:
             self.fc = SlimmableLinear(ins, num_classes, slice_out=False, divisor=divisor)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        start_convolutions(self)
         if norm == "switchable":
             self.set_width(max(widths))
 

@@ -1,12 +1,13 @@
 """Vision transformers of any width, with timm's names (torchvision has none so small)."""
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from gatedkernels.models._options import check_choice, check_num_classes
 from gatedkernels.models._registry import register_model
 from gatedkernels.nn import SlimmableConv2d, SlimmableLayerNorm, SlimmableLinear, SlimmableNetwork
 
@@ -129,14 +130,12 @@ class SlimmableViT(SlimmableNetwork):
         learned_position: bool = False,
     ) -> None:
         super().__init__()
-        if slicing not in get_args(Slicing):
-            raise ValueError(f"slicing must be one of {', '.join(map(repr, get_args(Slicing)))}, got {slicing!r}")
+        check_choice("slicing", slicing, Slicing)
         if dim % heads:
             raise ValueError(f"heads must divide dim={dim}, got {heads}")
         if image_size % patch_size:
             raise ValueError(f"patch_size must divide image_size={image_size}, got {patch_size}")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be positive or None, got {num_classes}")
+        check_num_classes(num_classes)
         narrows = slicing == "full"
         divisor = dim // heads if narrows else 8  # whole heads
         options: dict[str, Any] = {"slice_out": narrows, "divisor": divisor}

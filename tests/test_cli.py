@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import gatedkernels as gk
 from gatedkernels import cli, demo
 from gatedkernels.training.config import OPTIONS, TrainConfig
 from gatedkernels.training.evaluation import MEASURES, stored_masks
@@ -39,6 +40,11 @@ def latency_row(**values: Any) -> dict[str, Any]:
     row = {"device": "cpu", "dtype": "float32", "batch": 1, "threads": 2, "width": 1.0, "masks": "set", "kept": 0.3}
     times = {"dense_eager_ms": 3.0, "dense_best_ms": 2.0, "masked_ms": 4.0, "gated_ms": 0.8}
     return {**row, **times, "speedup": 2.5, "efficiency": 0.75, **values}
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert run("--version", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out == f"gatedkernels {gk.__version__}\n"
 
 
 def test_train_writes_a_run(trained: Path):

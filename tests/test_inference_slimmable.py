@@ -9,7 +9,8 @@ from torch import nn
 
 import gatedkernels as gk
 from gatedkernels.models import create_model
-from gatedkernels.nn.packed import Packed, PackedBasicBlock, PackedBottleneck
+from gatedkernels.nn.packed import Packed
+from gatedkernels.nn.packed_blocks import PackedBasicBlock, PackedBottleneck
 
 NETS: dict[str, dict[str, Any]] = {
     "slimmable_resnet18": {"stem": "cifar", "channels": 32},

@@ -177,6 +177,13 @@ def train(
         _trainer(config, folder, steps, progress).fit(module, loader, ckpt_path=checkpoint, weights_only=True)
 
 
+class _Progress(RichProgressBar):
+    """Counts epochs from one, as people do; the log counts them from zero, as Lightning does."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+
+
 def _trainer(config: RunConfig, folder: RunFolder, steps: int, progress: bool) -> pl.Trainer:
     """Build the Lightning trainer of a run that has taken ``steps`` steps."""
     return pl.Trainer(
@@ -186,7 +193,7 @@ def _trainer(config: RunConfig, folder: RunFolder, steps: int, progress: bool) -
         max_epochs=config.epochs,
         logger=MetricsLog(folder.log_file, keep_steps=steps),
         log_every_n_steps=1,
-        callbacks=[_StopOnNonFinite(), _SaveEveryEpoch(folder), *([RichProgressBar()] if progress else [])],
+        callbacks=[_StopOnNonFinite(), _SaveEveryEpoch(folder), *([_Progress()] if progress else [])],
         enable_checkpointing=False,
         enable_progress_bar=progress,
         enable_model_summary=False,

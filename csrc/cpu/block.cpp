@@ -178,7 +178,8 @@ class Block {
     if (mine.lacks(call_, item.stage, item.sample, strip)) {
       run.image_tiles(grid1_, strip, in, conv1_.C, 0, conv1_.C, components, mine.scratch);
     }
-    run.out_tiles(tiles1_, grid1_, strip, components, channels, count, plan_.count[n] - item.from, planes, mine.scratch);
+    run.out_tiles(tiles1_, grid1_, strip, components, channels, count, plan_.count[n] - item.from, planes,
+                  mine.scratch);
   }
 
   void run_conv2(const Item& item) const {
@@ -259,7 +260,8 @@ Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& 
                   "weight2 is packed as (K / 32, M, 3, 3, 32)");
   STD_TORCH_CHECK(!tiles1 || (tiles1->is_contiguous() && tiles1->numel() == hidden * (16 * C + 16)),
                   "tiles1 is packed as (M, 16 C + 16)");
-  STD_TORCH_CHECK(!tiles2 || (tiles2->is_contiguous() && tiles2->numel() == ceil_div(out, kBlock) * 4 * hidden * kTileRow),
+  STD_TORCH_CHECK(!tiles2 || (tiles2->is_contiguous() &&
+                              tiles2->numel() == ceil_div(out, kBlock) * 4 * hidden * kTileRow),
                   "tiles2 is packed as (K / 32, 4, M, 4 * 32)");
   STD_TORCH_CHECK(mask.size(0) == x.size(0) && mask.size(1) == hidden, "mask has shape (N, M)");
   const Geometry size = geometry(x, 3, stride);

@@ -10,7 +10,7 @@ Tensor packed_block(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
                     const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2, const Tensor& mask,
                     const MaybeTensor& residual, int64_t stride);
 
-// The same with a shortcut, a 1 x 1 convolution of x with the block's stride and packed weights, instead of the residual.
+// The same with a shortcut instead of the residual: a 1 x 1 convolution of x with the block's stride, weights packed.
 Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                           const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2, const Tensor& mask,
                           const MaybeTensor& residual, const MaybeTensor& shortcut_weight,

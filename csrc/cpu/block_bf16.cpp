@@ -126,8 +126,8 @@ Tensor packed_block_bf16(const Tensor& x, const Tensor& weight1, const Tensor& b
   }
   auto wide = [](const Tensor& t) { return converted(t, ScalarType::Float); };
   const MaybeTensor skip = residual ? MaybeTensor(wide(*residual)) : residual;
-  return converted(packed_block(wide(x), wide(weight1), wide(bias1), wide(weight2), wide(bias2), std::nullopt, std::nullopt, mask,
-                                skip, stride),
+  return converted(packed_block(wide(x), wide(weight1), wide(bias1), wide(weight2), wide(bias2), std::nullopt,
+                                std::nullopt, mask, skip, stride),
                    ScalarType::BFloat16);
 }
 

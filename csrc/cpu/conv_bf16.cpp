@@ -40,7 +40,8 @@ Tensor packed_conv2d_bf16(const Tensor& x, const Tensor& weight, const Tensor& b
                           const MaybeTensor& out_mask, const MaybeTensor& residual, int64_t out_channels,
                           int64_t stride, bool relu) {
   for (const Tensor& t : {x, weight, bias, residual.value_or(x)}) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16 && t.is_cpu(), "x, weight, bias and residual share a dtype");
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16 && t.is_cpu(),
+                    "x, weight, bias and residual share a dtype");
   }
   const Bf16Kernels* run = bf16_kernels();
   if (run && x.size(1) % 2 == 0 && !in_mask && !out_mask) {
@@ -49,8 +50,9 @@ Tensor packed_conv2d_bf16(const Tensor& x, const Tensor& weight, const Tensor& b
   }
   auto wide = [](const Tensor& t) { return converted(t, ScalarType::Float); };
   const MaybeTensor skip = residual ? MaybeTensor(wide(*residual)) : residual;
-  return converted(packed_conv2d(wide(x), wide(weight), wide(bias), in_mask, out_mask, skip, out_channels, stride, relu),
-                   ScalarType::BFloat16);
+  return converted(
+      packed_conv2d(wide(x), wide(weight), wide(bias), in_mask, out_mask, skip, out_channels, stride, relu),
+      ScalarType::BFloat16);
 }
 
 }  // namespace gatedkernels

@@ -45,25 +45,6 @@ Planes Planes::of(const Tensor& images, const Plan& plan) {
 
 namespace {
 
-std::vector<int32_t> uses(const Plan& plan) {
-  std::vector<int32_t> times(plan.channels, 0);
-  for (int64_t n = 0; n < plan.samples; ++n) {
-    for (int32_t j = 0; j < plan.count[n]; ++j) ++times[plan.list(n)[j]];
-  }
-  return times;
-}
-
-}  // namespace
-
-namespace {
-
-// Whether filters (K, C, S, S) lie as (K, S, S, C); those of one tap lie as ever.
-bool is_channels_last(const Tensor& weight) {
-  const int64_t C = weight.size(1), S = weight.size(2);
-  return S > 1 && C > 1 && weight.stride(1) == 1 && weight.stride(3) == C && weight.stride(2) == S * C &&
-         weight.stride(0) == S * S * C;
-}
-
 // Filters of T taps, each `step` floats behind the one before, exchanged with lanes: lanes[t][l] and filters[l][t].
 template <int T>
 void to_lanes(const float* filters, int64_t step, int64_t count, float* lanes) {
@@ -82,7 +63,10 @@ void from_lanes(const float* lanes, int64_t count, int64_t step, float* filters)
 }  // namespace
 
 TurnedFilters::TurnedFilters(const Tensor& given, const Plan& plan)
-    : by_taps(is_channels_last(given)), weight(by_taps ? given : row_major(given)), used(uses(plan)) {}
+    // Filters of one tap or of one input channel lie alike in both layouts.
+    : by_taps(given.size(2) > 1 && given.size(1) > 1 && is_channels_last(given)),
+      weight(by_taps ? given : row_major(given)),
+      used(plan.uses()) {}
 
 void TurnedFilters::block(int64_t block, int64_t from, int64_t to, float* turned) const {
   const int64_t C = weight.size(1), taps = weight.size(2) * weight.size(3);
@@ -145,7 +129,7 @@ class FilterGradient {
         pixels_(image.size(2) * image.size(3)),
         taps_(size.S * size.S),
         image_(floats(image)),
-        used_(uses(plan_)),
+        used_(plan_.uses()),
         dweight_(empty({input_lanes ? plan_.channels : lanes_, input_lanes ? lanes_ : plan_.channels, size.S, size.S})),
         out_(dweight_.mutable_data_ptr<float>()) {
     cut();

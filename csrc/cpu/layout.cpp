@@ -9,16 +9,6 @@ namespace {
 
 constexpr int64_t kLine = 16;  // floats of a cache line
 
-bool is_channels_last(const Tensor& t) {
-  int64_t step = 1;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    if (t.size(d) == 1) continue;
-    if (t.stride(d) != step) return false;
-    step *= t.size(d);
-  }
-  return true;
-}
-
 // to[c][r] = from[r][c] for a square of four.
 GK_INLINE void transpose_square(const float* from, int64_t from_step, float* to, int64_t to_step) {
   const Quad a = load<4>(from), b = load<4>(from + from_step);
@@ -49,6 +39,16 @@ void transpose(const float* from, float* to, int64_t rows, int64_t columns, int6
 }
 
 }  // namespace
+
+bool is_channels_last(const Tensor& t) {
+  int64_t step = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 1) continue;
+    if (t.stride(d) != step) return false;
+    step *= t.size(d);
+  }
+  return true;
+}
 
 MemoryFormat layout_like(const Tensor& x) {
   return !x.is_contiguous() && is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;

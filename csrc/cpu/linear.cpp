@@ -126,8 +126,8 @@ int64_t token_bands(int64_t tokens, int64_t pieces, int64_t least) {
   return std::max(ceil_div(tokens, kMostTokens), std::min(wanted, std::max<int64_t>(tokens / least, 1)));
 }
 
-// Every output from the open inputs; with widths a sample's units beyond its own are zero, and whole panels of them cost
-// nothing else.
+// Every output from the open inputs; with widths a sample's units beyond its own are zero, and whole panels of them
+// cost nothing else.
 void run_in(const Tensor& x, const Weights& weight, const float* bias, const Plan* plan, const Plan* out_width,
             float* y) {
   const int64_t N = x.size(0), T = x.size(1), C = weight.C, K = weight.K;

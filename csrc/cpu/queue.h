@@ -1,5 +1,5 @@
-// The work of a gated basic block, cut into items: those of the shortcut and of conv1 of a group of samples, then those of
-// conv2, which wait for both of their sample.
+// The work of a gated basic block, cut into items: those of the shortcut and of conv1 of a group of samples, then those
+// of conv2, which wait for both of their sample.
 #pragma once
 
 #include <algorithm>

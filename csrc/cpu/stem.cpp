@@ -31,8 +31,8 @@ void pad_rows(const Tensor& x, int64_t sample, int64_t padding, int64_t from, in
   }
 }
 
-// Pixels of pooling by 3 x 3 windows of stride 2 and padding 1: output row `row` of an image of OH x OW pixels, of which
-// `conv` holds the rows from `first` on.
+// Pixels of pooling by 3 x 3 windows of stride 2 and padding 1: output row `row` of an image of OH x OW pixels, of
+// which `conv` holds the rows from `first` on.
 void pool_row(const float* conv, int64_t first, int64_t row, int64_t OH, int64_t OW, int64_t K, float* y) {
   for (int64_t column = 0; column < pooled(OW); ++column, y += K) {
     const float* pixels[9];

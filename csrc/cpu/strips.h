@@ -20,7 +20,8 @@ class Strips {
     const int64_t all = threads();
     int64_t wanted = std::max<int64_t>(1, (tiles_ + most / 2) / most);
     // Few strips become as many for each thread.
-    if (samples * wanted < 4 * all && ceil_div(wanted, all) * all * kLeast <= tiles_) wanted = ceil_div(wanted, all) * all;
+    const int64_t rounded = ceil_div(wanted, all) * all;
+    if (samples * wanted < 4 * all && rounded * kLeast <= tiles_) wanted = rounded;
     size_ = static_cast<int>(std::max<int64_t>(16, (tiles_ / wanted + 8) / 16 * 16));
     count = std::max(1, (tiles_ + size_ / 2) / size_);
   }
@@ -28,13 +29,14 @@ class Strips {
   Strip at(int i) const { return {i * size_, i + 1 == count ? tiles_ : (i + 1) * size_}; }
   int64_t widest() const { return std::max(size_, tiles_ - (count - 1) * size_); }
 
-  // Into how many parts the `channels` of each strip are cut, none smaller than `least`: one if strips are enough work to
-  // share out, for every part transforms its strip anew.
+  // Into how many parts the `channels` of each strip are cut, none smaller than `least`: one if strips are enough work
+  // to share out, for every part transforms its strip anew.
   int64_t parts(int64_t channels, int64_t least) const {
     const int64_t all = threads(), items = samples_ * count;
     const bool even = 10 * count * widest() <= 11 * tiles_;
     if (items >= 4 * all || (items % all == 0 && even)) return 1;
-    const int64_t wanted = samples_ == 1 ? all * std::max<int64_t>(1, channels / (2 * least * all)) : ceil_div(4 * all, items);
+    const int64_t wanted =
+        samples_ == 1 ? all * std::max<int64_t>(1, channels / (2 * least * all)) : ceil_div(4 * all, items);
     return std::clamp<int64_t>(channels / least, 1, wanted);
   }
 

@@ -77,6 +77,15 @@ Plan::Plan(const Tensor& width, int64_t samples_, int64_t channels_)
 
 int64_t Plan::most() const { return samples ? *std::max_element(count, count + samples) : 0; }
 
+std::vector<int32_t> Plan::uses() const {
+  std::vector<int32_t> times(channels, 0);
+  for (int64_t n = 0; n < samples; ++n) {
+    const int32_t* active = list(n);
+    for (int32_t j = 0; j < count[n]; ++j) ++times[active ? active[j] : j];
+  }
+  return times;
+}
+
 Geometry geometry(const Tensor& x, int64_t taps, int64_t stride) {
   Geometry g;
   g.H = static_cast<int>(x.size(2));
@@ -88,27 +97,10 @@ Geometry geometry(const Tensor& x, int64_t taps, int64_t stride) {
   return g;
 }
 
-namespace {
-
-constexpr int64_t kTogether = 16;  // channels that are packed at a time
-
-std::vector<uint8_t> used_channels(const Plan& plan) {
-  std::vector<uint8_t> used(plan.channels, 0);
-  if (!plan.index) std::fill_n(used.begin(), plan.most(), 1);
-  for (int64_t n = 0; plan.index && n < plan.samples; ++n) {
-    for (int32_t j = 0; j < plan.count[n]; ++j) used[plan.list(n)[j]] = 1;
-  }
-  return used;
-}
-
-}  // namespace
-
 Tensor weight_rows(const Tensor& weight, const Plan& plan) {
   const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), T = weight.size(3);
-  if (weight.stride(1) == 1 && weight.stride(3) == C && weight.stride(2) == T * C && weight.stride(0) == S * T * C) {
-    return weight;
-  }
-  const std::vector<uint8_t> used = used_channels(plan);
+  if (is_channels_last(weight)) return weight;
+  const std::vector<int32_t> used = plan.uses();
   Tensor packed = empty({K, C, S, T}, ScalarType::Float, MemoryFormat::ChannelsLast);
   const float* from = floats(weight);
   float* to = packed.mutable_data_ptr<float>();
@@ -127,6 +119,8 @@ Tensor weight_rows(const Tensor& weight, const Plan& plan) {
 }
 
 namespace {
+
+constexpr int64_t kTogether = 16;  // channels that are packed at a time
 
 // Channels [first, last) of the kBlock filters from k on, whose rows in memory run along the channels or the taps, to
 // rows of kBlock: transposed in registers.
@@ -156,7 +150,7 @@ void transpose_filters(const Tensor& weight, int64_t k, int64_t first, int64_t l
 Tensor weight_blocks(const Tensor& weight, const Plan* plan, int64_t most) {
   const int64_t K = std::min(weight.size(0), most), C = weight.size(1), S = weight.size(2), T = weight.size(3);
   const int64_t taps = S * T, blocks = ceil_div(K, kBlock), strips = ceil_div(C, kTogether);
-  const std::vector<uint8_t> used = plan ? used_channels(*plan) : std::vector<uint8_t>(C, 1);
+  const std::vector<int32_t> used = plan ? plan->uses() : std::vector<int32_t>(C, 1);
   Tensor packed = empty({blocks, C, S, T, kBlock});
   const float* from = floats(weight);
   float* to = packed.mutable_data_ptr<float>();

@@ -36,6 +36,8 @@ inline Tensor converted(const Tensor& t, ScalarType dtype) {
 inline Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline MaybeTensor row_major(const MaybeTensor& t) { return t ? MaybeTensor(row_major(*t)) : t; }
 
+// Whether images, or filters, lie in memory as (N, H, W, C), whatever the strides of sizes of one.
+bool is_channels_last(const Tensor& t);
 // The layout of a result, a function of the shape and strides of x alone: channels-last if x is that and nothing else.
 MemoryFormat layout_like(const Tensor& x);
 Tensor in_layout(const Tensor& images, MemoryFormat format);
@@ -73,7 +75,8 @@ struct Plan {
   Plan(const Tensor& width, int64_t samples, int64_t channels);                       // int32 (N,)
 
   const int32_t* list(int64_t sample) const { return index ? index + sample * channels : nullptr; }
-  int64_t most() const;  // active channels of the widest sample
+  int64_t most() const;               // active channels of the widest sample
+  std::vector<int32_t> uses() const;  // by how many samples each channel is active
 };
 
 Geometry geometry(const Tensor& x, int64_t taps, int64_t stride);

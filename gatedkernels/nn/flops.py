@@ -67,7 +67,7 @@ class FlopCount:
 
     @property
     def kept(self) -> float:
-        """The fraction executed / dense."""
+        """The fraction executed / dense: what gates leave, 1 without them, at any width of a slimmable network too."""
         return self.executed / self.dense
 
 
@@ -79,6 +79,9 @@ def count_flops(
     The network runs once, in evaluation and without gradients; training flags are put back. Works on any module, dense
     ones and the result of `optimize` included. Masks brought to a single layer or block are not seen: only those of
     gates, and ``masks``.
+
+    A slimmable network is counted at the width that it has: that is its dense network, of which it keeps everything.
+    What a width leaves of the whole network is the ratio of two counts, ``count_flops(net, x).dense`` at either width.
 
     Args:
         model: A module that takes ``example``.

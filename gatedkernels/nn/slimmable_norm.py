@@ -103,8 +103,8 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
         """Normalise images (N, C, H, W) of up to ``num_features`` channels.
 
         Raises:
-            ValueError: If ``x`` has another number of dimensions or more channels.
-            RuntimeError: If this is evaluation and there are no statistics for this width.
+            ValueError: If ``x`` has another number of dimensions or more channels, or this is evaluation and there are
+                no statistics for this width.
         """
         self._check_input_dim(x)
         channels = x.shape[1]
@@ -115,7 +115,7 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
             return batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         mean, var, count = self.statistics()
         if mean is None:
-            raise RuntimeError(self._missing())
+            raise ValueError(self._missing())
         momentum = self.momentum
         if self.training:
             assert count is not None

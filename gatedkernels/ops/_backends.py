@@ -1,5 +1,6 @@
 """Which implementation serves a call: the explicit choice or an error that lists what there is."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -24,14 +25,30 @@ def require(backend: str, launchers: Mapping[str, object], x: Tensor) -> None:
         if x.device.type != "cpu":
             raise ValueError(f"backend 'cpu' needs tensors on the CPU, got x on {x.device}")
     if backend == "triton":
-        problem = policy.triton_problem(x)
-        if problem:
-            raise ValueError(f"backend 'triton' {problem}")
+        refuse("triton", policy.triton_problem(x))
     if backend == "cuda":
         if _extension.CUDA_ERROR is not None:
             raise ValueError(f"backend 'cuda' is not available: {_extension.CUDA_ERROR}")
         if x.device.type != "cuda":
             raise ValueError(f"backend 'cuda' needs tensors on a CUDA device, got x on {x.device}")
+
+
+def refuse(backend: str, problem: str | None) -> None:
+    """Raise ``ValueError`` if a backend has a problem with a call, in the words of `policy`."""
+    if problem:
+        raise ValueError(f"backend {backend!r} {problem}")
+
+
+def too_dense(threshold: float, *masks: Tensor | None) -> bool:
+    """Whether more of the work is left than that, so that the dense kernel is the faster one.
+
+    What is left is the product of the masks' densities. On the CPU, where looking is free: elsewhere nothing is too
+    dense.
+    """
+    given = [mask for mask in masks if mask is not None]
+    if threshold >= 1 or not given or given[0].device.type != "cpu":
+        return False
+    return math.prod(int(mask.sum()) for mask in given) > threshold * math.prod(mask.numel() for mask in given)
 
 
 def cpu_or_reference(

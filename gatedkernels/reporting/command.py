@@ -151,9 +151,12 @@ def doctor() -> None:
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> str:
-    return "\n".join(
+    """The whole network once more: the tables spare their readers the minutes of torch.compile."""
+    head = "The whole network again, now against every dense way, torch.compile too where there is a compiler:"
+    lines = (
         f"Batch {row['batch']}: {row['gated_ms']:.3f} ms gated, {row['dense_best_ms']:.3f} ms for the best dense "
         f"PyTorch, {row['masked_ms']:.3f} ms masked: {row['speedup']:.2f} times as fast with {row['kept']:.1%} of the "
         f"FLOPs kept (efficiency {row['efficiency']:.2f})."
         for row in rows
     )
+    return "\n".join([head, "", *lines])

@@ -17,13 +17,8 @@ from gatedkernels.nn import Gate, GatedConv2d, fold_norm
 from gatedkernels.nn.blocks import GatedResidual
 from gatedkernels.nn.costs import ConvShape
 from gatedkernels.nn.masks import spread
-from gatedkernels.nn.packed import (
-    PackedBasicBlock,
-    PackedBottleneck,
-    PackedConv2d,
-    PackedGatedConv2d,
-    PackedResidual,
-)
+from gatedkernels.nn.packed import PackedConv2d, PackedGatedConv2d
+from gatedkernels.nn.packed_blocks import PackedBasicBlock, PackedBottleneck, PackedResidual
 from gatedkernels.nn.packed_stem import PackedStem
 from gatedkernels.ops.packed import unpack_blocks, unpack_rows, unpack_stem
 

@@ -212,7 +212,7 @@ def test_evaluation_needs_statistics():
     norm = SlimmableBatchNorm2d(32).eval()
     norm.set_width(0.5)
     message = r"width must have statistics, got 0\.5 without: gatedkernels\.calibrate_norms estimates them"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         norm(torch.randn(2, 16, 3, 3))
     with pytest.raises(ValueError, match=message):
         norm.sliced()

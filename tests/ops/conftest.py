@@ -83,7 +83,7 @@ def gradients() -> Callable[..., list[Tensor | None]]:
 def compare() -> Callable[..., None]:
     """``compare(function, definition, tensors)``: the result and every gradient are within budget.
 
-    PyTorch's own error depends on the layout of the first tensor, as its algorithms do: the larger one counts.
+    PyTorch's own error depends on the layout of images, as its algorithms do: the larger one counts.
     ``rounding``: steps of rounding granted besides; a result of few elements needs more, for its errors do not average.
     """
 
@@ -96,8 +96,8 @@ def compare() -> Callable[..., None]:
         actual = _gradients(function, tensors)
         x, *rest = tensors
         assert x is not None
-        formats = (torch.contiguous_format, torch.channels_last)
-        torchs = [_gradients(definition, [x.contiguous(memory_format=form), *rest]) for form in formats]
+        layouts = [x.contiguous(), x.contiguous(memory_format=torch.channels_last)] if x.ndim == 4 else [x]
+        torchs = [_gradients(definition, [laid, *rest]) for laid in layouts]
         assert actual[0] is not None
         wide = [None if t is None else t.double() for t in tensors]
         exact = _gradients(definition, wide, rounded_to=actual[0].dtype)

@@ -226,7 +226,7 @@ def test_registration(backend: str, grad: bool, n: int, images):
     tensors = inputs((n, 4, 6, 5, 5, 4, 2), images, "channels_last", torch.float32)
     *before, residual = [t.requires_grad_(grad) for t in tensors]
     mask = torch.rand(n, 6) < 0.5
-    torch.library.opcheck(torch.ops.gatedkernels.gated_block.default, (*before, mask, residual, (2, 2), backend, 0.8))
+    torch.library.opcheck(torch.ops.gatedkernels.gated_block.default, (*before, mask, residual, (2, 2), backend))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -64,21 +64,6 @@ def definition(in_width: Any, out_width: Any) -> Callable[..., Tensor]:
     return lambda x, w, b: keep(out_width, linear(keep(in_width, x), w, b))
 
 
-@pytest.fixture(scope="session")
-def compare(gradients, assert_within_budget) -> Callable[..., None]:
-    """``compare(function, definition, tensors)``: the result and every gradient are within budget."""
-
-    def _compare(
-        function: Callable[..., Tensor], expected: Callable[..., Tensor], tensors: list[Tensor], rounding: float = 1
-    ) -> None:
-        actual, own = gradients(function, tensors), gradients(expected, tensors)
-        exact = gradients(expected, [t.double() for t in tensors], rounded_to=actual[0].dtype)
-        for i, (a, e, o) in enumerate(zip(actual, exact, own, strict=True)):
-            assert_within_budget(a, e, o, name=f"gradient {i}" if i else "forward", rounding=rounding)
-
-    return _compare
-
-
 # -- one width for all -------------------------------------------------------------------------------------------------
 
 

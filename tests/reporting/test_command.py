@@ -33,6 +33,8 @@ def test_prints_and_writes(run_folder: Path, capsys: pytest.CaptureFixture[str])
     command.report(run_folder, batch_sizes=(1, 2))
     said = capsys.readouterr().out
     assert "layer4.1" in said and "times as fast" in said
+    assert "Not tried: compiled (not asked for)." in " ".join(said.split())
+    assert "The whole network again, now against every dense way" in said
     written = json.loads((run_folder / "latency-cpu.json").read_text())
     assert [row["batch"] for row in written["latency"]] == [1, 2]
     assert len(written["layers"]) == 2

@@ -89,6 +89,8 @@ def test_tables():
     assert "| layer1.0 | 2.0 M | 0.250 | 3.000 | 1.000 | 3.00× | 0.75 | arithmetic |" in text
     assert "| total | 2.0 M | 0.250 | 4.000 | 1.250 | 3.20× | 0.80 | arithmetic |" in text
     assert "Not tried: compiled (no compiler)." in text
+    assert "against those of the dense network, prepacked." in text
+    assert "against the fastest dense one found, compiled; layers do not add up to it." in text
 
 
 def test_table_fits_a_terminal():

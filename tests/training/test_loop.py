@@ -51,6 +51,17 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop._StopOnNonFinite, "on_train_batch_end", hook)
 
 
+def test_people_read_epochs_from_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    said = []
+    describe = loop._Progress._get_train_description
+    monkeypatch.setattr(
+        loop._Progress, "_get_train_description", lambda bar, epoch: said.append(describe(bar, epoch)) or said[-1]
+    )
+    train_run(small(epochs=2), tmp_path / "run")
+    assert [*dict.fromkeys(said)] == ["epoch 1/2", "epoch 2/2"]
+    assert [row["epoch"] for row in read_metrics(tmp_path / "run" / "metrics.csv")] == ["0", "0", "1", "1"]
+
+
 def test_log_and_weights(finished: Path):
     rows = read_metrics(finished / "metrics.csv")
     assert [(row["epoch"], row["step"]) for row in rows] == [(str(step // 2), str(step)) for step in range(6)]

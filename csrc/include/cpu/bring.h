@@ -1,4 +1,5 @@
-// Memory that is read soon, brought nearer by hand: gathered rows start a new stream each, and no processor foresees it.
+// Memory that is read soon, brought nearer by hand: gathered rows start a new stream each, and no processor foresees
+// it.
 #pragma once
 
 #include <cstdint>

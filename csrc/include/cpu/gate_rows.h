@@ -1,4 +1,4 @@
-// Small steps over pixels of adjacent channels: the sum and the matrix times a vector of a gate, the maximum of pooling.
+// Small steps over pixels of adjacent channels: a gate's sum and its matrix times a vector, the maximum of pooling.
 #pragma once
 
 #include "cpu/vector.h"

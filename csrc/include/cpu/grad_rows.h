@@ -1,6 +1,6 @@
 // The kernel of the filters' gradient: lanes run along the channels of an NHWC image, and the planes of the listed
-// channels are broadcast, so an active channel is nothing but a pointer. A tile is all taps of a window, of some planes,
-// times up to two vectors; it stays in registers over all pixels of its runs.
+// channels are broadcast, so an active channel is nothing but a pointer. A tile is all taps of a window, of some
+// planes, times up to two vectors; it stays in registers over all pixels of its runs.
 #pragma once
 
 #include "cpu/rows.h"

@@ -1,5 +1,5 @@
-// The in-gated kernel on Winograd's components: lanes run along the output channels and every component is broadcast, so
-// an active input channel is nothing but a pointer to its components and one to its row of transformed weights.
+// The in-gated kernel on Winograd's components: lanes run along the output channels and every component is broadcast,
+// so an active input channel is nothing but a pointer to its components and one to its row of transformed weights.
 // L lanes; a register tile is P tiles times two vectors of output channels.
 #pragma once
 
@@ -59,7 +59,9 @@ struct InTiles {
     }
   }
 
-  static GK_INLINE int64_t row_of(const int32_t* channels, int j) { return (channels ? channels[j] : j) * int64_t{kTileRow}; }
+  static GK_INLINE int64_t row_of(const int32_t* channels, int j) {
+    return (channels ? channels[j] : j) * int64_t{kTileRow};
+  }
 
   using Multiply = void (*)(const float*, int64_t, const float*, const float*, int64_t, int64_t, const int32_t*, int,
                             bool, float*);

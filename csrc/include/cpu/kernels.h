@@ -73,7 +73,8 @@ struct Components {
   int64_t step;   // floats from component to component
 
   static int64_t pitch_of(int64_t tiles) { return (tiles + 15) / 16 * 16; }
-  static int64_t step_of(int64_t channels, int64_t tiles) { return channels * pitch_of(tiles) + 16; }  // not a power of two
+  // Not a power of two.
+  static int64_t step_of(int64_t channels, int64_t tiles) { return channels * pitch_of(tiles) + 16; }
   static int64_t floats(int64_t channels, int64_t tiles) { return 16 * step_of(channels, tiles); }
 
   Components(float* data_, int64_t channels, int64_t tiles)
@@ -83,7 +84,8 @@ struct Components {
 
 // Floats of scratch memory that the kernels on tiles need for a strip of so many tiles.
 inline int64_t tile_scratch(const TileGrid& grid, int64_t tiles) {
-  const int64_t rows = (tiles + grid.columns - 2) / grid.columns + 2;  // of split pixels: a strip may begin inside a row
+  // Of split pixels: a strip may begin inside a row.
+  const int64_t rows = (tiles + grid.columns - 2) / grid.columns + 2;
   const int64_t table = (rows * (grid.columns + 1) + 15) / 16 * 16;
   const int64_t splitting = 16 * (4 * table + 16) + 4 * table, multiplying = 148 * Components::pitch_of(tiles);
   constexpr int64_t kGathering = 16 * 12 * 32;

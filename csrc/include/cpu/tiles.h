@@ -1,6 +1,6 @@
-// Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, 2016): an image is cut into tiles of 2 x 2 output pixels, and
-// each tile's 4 x 4 input pixels are transformed into 16 components, so that a 3 x 3 window costs 16 products for four
-// pixels instead of 36. This file: from pixels to components. Lanes run along the tiles.
+// Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, 2016): an image is cut into tiles of 2 x 2 output pixels,
+// and each tile's 4 x 4 input pixels are transformed into 16 components, so that a 3 x 3 window costs 16 products for
+// four pixels instead of 36. This file: from pixels to components. Lanes run along the tiles.
 //
 // Components of some channels and a strip of tiles: 16 tables of channels x pitch, component_step floats apart.
 #pragma once
@@ -43,7 +43,9 @@ struct Tiles {
     int64_t table, channel;  // floats
 
     Split(const TileGrid& grid, Strip strip)
-        : first(strip.first / grid.columns), rows((strip.last - 1) / grid.columns - first + 2), pitch(grid.columns + 1) {
+        : first(strip.first / grid.columns),
+          rows((strip.last - 1) / grid.columns - first + 2),
+          pitch(grid.columns + 1) {
       table = (int64_t{rows} * pitch + 15) / 16 * 16;
       channel = 4 * table + 16;  // tables a power of two apart would share cache sets
     }
@@ -126,7 +128,8 @@ struct Tiles {
   }
 
   // Tiles side by side: `corner` is the first one's entry in the first table, `to` its place in the first component.
-  static __attribute__((noinline)) void transform_row(const float* corner, int64_t table, int64_t pitch, int count, float* to, int64_t step) {
+  static __attribute__((noinline)) void transform_row(const float* corner, int64_t table, int64_t pitch, int count,
+                                                      float* to, int64_t step) {
     cover<L>(count, [=](int i, auto lanes) __attribute__((always_inline)) {
       constexpr int M = decltype(lanes)::value;
       float* row = to + i;

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
-from gatedkernels.ops._backends import Backend, cpu_or_reference
+from gatedkernels.ops._backends import Backend, cpu_or_reference, refuse
 from gatedkernels.ops.conv_in.reference import conv_in_reference
 from gatedkernels.ops.plan.reference import mask_of, pack, unpack
 
@@ -23,9 +23,7 @@ def _launch_cpu(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    problem = policy.cpu_problem(packed, weight, stride, padding, dilation, 1)
-    if problem:
-        raise ValueError(f"backend 'cpu' {problem}")
+    refuse("cpu", policy.cpu_problem(packed, weight, stride, padding, dilation, 1))
     return torch.ops.gatedkernels.conv_in_cpu(packed, weight, bias, index, count, stride[0])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
-from gatedkernels.ops._backends import Backend, cpu_or_reference
+from gatedkernels.ops._backends import Backend, cpu_or_reference, refuse
 from gatedkernels.ops.conv_out.reference import conv_out_reference
 from gatedkernels.ops.plan.reference import mask_of, unpack
 
@@ -24,9 +24,7 @@ def _launch_cpu(
     dilation: Sequence[int],
     relu: bool,
 ) -> Tensor:
-    problem = policy.cpu_problem(x, weight, stride, padding, dilation, 1)
-    if problem:
-        raise ValueError(f"backend 'cpu' {problem}")
+    refuse("cpu", policy.cpu_problem(x, weight, stride, padding, dilation, 1))
     return torch.ops.gatedkernels.conv_out_cpu(x, weight, bias, index, count, stride[0], relu)
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._arguments import in_best_layout
-from gatedkernels.ops._backends import ALWAYS, Backend, require
+from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require
 from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._select import select_
 from gatedkernels.ops.gated_block import training as _training  # noqa: F401  (registers its operators)
@@ -48,9 +48,7 @@ def _launch_cpu(
     stride: Sequence[int],
     threshold: float = ALWAYS,
 ) -> Tensor:
-    problem = policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1)
-    if problem:
-        raise ValueError(f"backend 'cpu' {problem}")
+    refuse("cpu", policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1))
     return _run_cpu(x, weight1, bias1, weight2, bias2, mask, residual, stride[0], threshold)
 
 
@@ -68,23 +66,10 @@ LAUNCHERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _forward(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    mask: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    backend: str,
-    threshold: float,
-) -> Tensor:
-    launcher = LAUNCHERS[backend]
-    if backend == "cpu":  # compares the density itself
-        return launcher(x, weight1, bias1, weight2, bias2, mask, residual, stride, threshold)
-    y = launcher(x, weight1, bias1, weight2, bias2, mask, residual, stride)
-    return y.contiguous(memory_format=arguments.memory_format(x))
+# The operator of every backend. `gated_block` hands the CPU's calls to operators that compare the density themselves.
+def _forward(x: Tensor, *rest: Any) -> Tensor:
+    *arguments_and_stride, backend = rest
+    return LAUNCHERS[backend](x, *arguments_and_stride).contiguous(memory_format=arguments.memory_format(x))
 
 
 torch.library.impl("gatedkernels::gated_block", ("CPU", "CUDA"), _forward)
@@ -108,26 +93,26 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     x, weight1, bias1, weight2, mask, y = ctx.saved_tensors
-    stride, backend, threshold = ctx.options
+    stride, backend = ctx.options
     ops = torch.ops.gatedkernels
     ones, needs = (1, 1), ctx.needs_input_grad
     dy = torch.where(y > 0, dy, 0)
     # The hidden activation is computed again: it costs a third of what follows, and no memory between the passes.
     hidden = ops.gated_conv2d.default(
-        x, weight1, bias1, None, mask, stride, ones, ones, 1, False, backend, threshold
+        x, weight1, bias1, None, mask, stride, ones, ones, 1, False, backend, ALWAYS
     ).relu()
     below = any(needs[:3])
     dhidden, dweight2, dbias2 = ops.gated_conv2d_backward.default(
-        dy, hidden, weight2, mask, None, ones, ones, ones, 1, False, (below, needs[3], needs[4]), backend, threshold
+        dy, hidden, weight2, mask, None, ones, ones, ones, 1, False, (below, needs[3], needs[4]), backend, ALWAYS
     )
     dx = dweight1 = dbias1 = None
     if below:
         dhidden = torch.where(hidden > 0, dhidden, 0)
         dx, dweight1, dbias1 = ops.gated_conv2d_backward.default(
-            dhidden, x, weight1, None, mask, stride, ones, ones, 1, False, needs[:3], backend, threshold
+            dhidden, x, weight1, None, mask, stride, ones, ones, 1, False, needs[:3], backend, ALWAYS
         )
     gradients = (dx, dweight1, dbias1, dweight2, dbias2, None, dy)
-    return *(g if need else None for g, need in zip(gradients, needs[:7], strict=True)), None, None, None
+    return *(g if need else None for g, need in zip(gradients, needs[:7], strict=True)), None, None
 
 
 torch.library.register_autograd("gatedkernels::gated_block", _backward, setup_context=_save)
@@ -226,5 +211,5 @@ def gated_block(
             _KNOWN.note(given, options, strides[0], threshold)
         return y
     return torch.ops.gatedkernels.gated_block.default(
-        x, weight1, bias1, weight2, bias2, mask, residual, strides, served, threshold
+        x, weight1, bias1, weight2, bias2, mask, residual, strides, served
     )

@@ -8,6 +8,8 @@ from torch.nn.functional import conv2d
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
+from gatedkernels.ops._autograd import differentiate_once
+from gatedkernels.ops._backends import refuse, too_dense
 from gatedkernels.ops._select import select_
 
 # Floats that follow each plane of the hidden activation, at least, and of which a plane is a multiple: see
@@ -18,11 +20,6 @@ _ONES = [1, 1]
 
 def _pitch(pixels: int) -> int:
     return (pixels + _LINE - 1) // _LINE * _LINE + _LINE
-
-
-def too_dense(mask: Tensor, threshold: float) -> bool:
-    """Whether so many channels are open that the dense kernels are the faster ones."""
-    return threshold < 1 and mask.numel() > 0 and int(mask.sum()) > threshold * mask.numel()
 
 
 def _as_images(hidden: Tensor, like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
@@ -45,11 +42,9 @@ def _forward(
     stride: Sequence[int],
     threshold: float,
 ) -> tuple[Tensor, Tensor]:
-    problem = policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1)
-    if problem:
-        raise ValueError(f"backend 'cpu' {problem}")
+    refuse("cpu", policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1))
     form = arguments.memory_format(x)
-    if not too_dense(mask, threshold):
+    if not too_dense(threshold, mask):
         y, hidden = torch.ops.gatedkernels.gated_block_kept_cpu(
             x, weight1, bias1, weight2, bias2, mask, residual, stride[0]
         )
@@ -106,7 +101,7 @@ def _backward_launch(
 ) -> tuple[Tensor, ...]:
     input, filters1, filters2 = output_mask
     gradients: tuple[Tensor | None, ...]
-    if too_dense(mask, threshold):
+    if too_dense(threshold, mask):
         last = torch.ops.aten.threshold_backward(dy, y, 0)
         gradients = *_backward_dense(last, x, hidden, weight1, weight2, stride, (input, filters1, filters2)), last
     else:
@@ -175,9 +170,5 @@ def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
     return *(g if need else None for g, need in zip(all_gradients, needs[:7], strict=True)), None, None
 
 
-def _backward_twice(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("gated operations can be differentiated once, not twice")
-
-
 torch.library.register_autograd("gatedkernels::gated_block_kept", _backward, setup_context=_save)
-torch.library.register_autograd("gatedkernels::gated_block_backward", _backward_twice)
+differentiate_once("gated_block_backward")

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
-from gatedkernels.ops._backends import ALWAYS, Backend, require
+from gatedkernels.ops._autograd import differentiate_once
+from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require, too_dense
 from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._select import select, select_
 from gatedkernels.ops.gated_conv2d.reference import gated_conv2d_backward_reference, gated_conv2d_reference, masked
@@ -39,9 +40,7 @@ def _launch_cpu(
     groups: int,
     threshold: float = ALWAYS,
 ) -> Tensor:
-    problem = policy.cpu_problem(x, weight, stride, padding, dilation, groups)
-    if problem:
-        raise ValueError(f"backend 'cpu' {problem}")
+    refuse("cpu", policy.cpu_problem(x, weight, stride, padding, dilation, groups))
     return _run_cpu(x, weight, bias, in_mask, out_mask, stride[0], threshold)
 
 
@@ -62,14 +61,6 @@ LAUNCHERS: dict[str, Callable[..., Tensor]] = {
     "triton": _launch_triton,
     "cuda": _launch_cuda,
 }
-
-
-def _too_dense(in_mask: Tensor | None, out_mask: Tensor | None, threshold: float) -> bool:
-    """Whether so many channels are open that the dense kernel is the faster one (on the CPU, where looking is free)."""
-    mask = in_mask if out_mask is None else out_mask  # with both, the kernels save by the output channels
-    if mask is None or threshold >= 1 or mask.device.type != "cpu":
-        return False
-    return int(mask.sum()) > threshold * mask.numel()
 
 
 def _forward(
@@ -173,7 +164,8 @@ def _backward_launch(
     if backend == "cpu" and threshold != ALWAYS:  # the policy's, for the forward
         kernel = "conv_in_backward" if out_mask is None else "conv_out_backward"
         threshold = policy.choose(kernel, x, weight, stride, padding, dilation, groups).threshold
-    dense = _too_dense(in_mask, out_mask, threshold)
+    # With both masks the kernels save by the output channels.
+    dense = too_dense(threshold, in_mask if out_mask is None else out_mask)
     launcher = BACKWARDS.get("dense" if dense else backend, gated_conv2d_backward_reference)
     dx, dweight, dbias = launcher(
         dy, x, weight, in_mask, out_mask, stride, padding, dilation, groups, dense_input_grad, output_mask
@@ -239,12 +231,8 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 9
 
 
-def _backward_twice(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("gated operations can be differentiated once, not twice")
-
-
 torch.library.register_autograd("gatedkernels::gated_conv2d", _backward, setup_context=_save)
-torch.library.register_autograd("gatedkernels::gated_conv2d_backward", _backward_twice)
+differentiate_once("gated_conv2d_backward")
 
 
 def gated_conv2d(

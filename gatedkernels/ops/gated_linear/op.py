@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
-from gatedkernels.ops._backends import ALWAYS, Backend, require
+from gatedkernels.ops._autograd import differentiate_once
+from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require, too_dense
 from gatedkernels.ops._select import select, select_
 from gatedkernels.ops.gated_linear.reference import (
     along,
@@ -38,9 +39,7 @@ def _by_mask(x: Tensor, *masks: Tensor | None) -> tuple[Tensor, list[Tensor | No
 def _launch_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_mask: Tensor | None, out_mask: Tensor | None
 ) -> Tensor:
-    problem = policy.linear_problem(x)
-    if problem:
-        raise ValueError(f"backend 'cpu' {problem}")
+    refuse("cpu", policy.linear_problem(x))
     rows, masks = _by_mask(x, in_mask, out_mask)
     y = torch.ops.gatedkernels.gated_linear_cpu(rows, weight, bias, *masks)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -63,17 +62,6 @@ LAUNCHERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _too_dense(in_mask: Tensor | None, out_mask: Tensor | None, threshold: float) -> bool:
-    """Whether so much work is left that the dense kernel is the faster one (on the CPU, where looking is free)."""
-    given = [mask for mask in (in_mask, out_mask) if mask is not None]
-    if not given or threshold >= 1 or given[0].device.type != "cpu":
-        return False
-    kept = 1.0
-    for mask in given:
-        kept *= int(mask.sum()) / max(mask.numel(), 1)
-    return kept > threshold
-
-
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -84,7 +72,7 @@ def _forward(
     backend: str,
     threshold: float,
 ) -> Tensor:
-    launcher = LAUNCHERS["dense" if _too_dense(in_mask, out_mask, threshold) else backend]
+    launcher = LAUNCHERS["dense" if too_dense(threshold, in_mask, out_mask) else backend]
     return launcher(x, weight, bias, in_mask, out_mask).contiguous()
 
 
@@ -172,7 +160,7 @@ def _backward_launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if threshold != ALWAYS:
         threshold = min(threshold, policy.LINEAR_BACKWARD)
-    dense = _too_dense(in_mask, out_mask, threshold)
+    dense = too_dense(threshold, in_mask, out_mask)
     launcher = BACKWARDS.get("dense" if dense else backend, gated_linear_backward_reference)
     gradients = launcher(dy, x, weight, in_mask, out_mask, dense_input_grad, output_mask)
     dx, dweight, dbias = (x.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
@@ -209,12 +197,8 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 5
 
 
-def _backward_twice(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("gated operations can be differentiated once, not twice")
-
-
 torch.library.register_autograd("gatedkernels::gated_linear", _backward, setup_context=_save)
-torch.library.register_autograd("gatedkernels::gated_linear_backward", _backward_twice)
+differentiate_once("gated_linear_backward")
 
 
 def gated_linear(

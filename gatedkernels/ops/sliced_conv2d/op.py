@@ -9,7 +9,8 @@ from torch.nn.functional import conv2d, pad
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
-from gatedkernels.ops._backends import Backend, require
+from gatedkernels.ops._autograd import differentiate_once
+from gatedkernels.ops._backends import Backend, refuse, require
 from gatedkernels.ops._widths import Width, check_width, equal_widths, put, take
 from gatedkernels.ops.sliced_conv2d.reference import sliced_conv2d_backward_reference, sliced_conv2d_reference
 
@@ -70,9 +71,7 @@ def _launch_cpu(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    problem = policy.cpu_problem(x, weight, stride, padding, dilation, groups)
-    if problem:
-        raise ValueError(f"backend 'cpu' {problem}")
+    refuse("cpu", policy.cpu_problem(x, weight, stride, padding, dilation, groups))
     return torch.ops.gatedkernels.sliced_conv2d_cpu(x, weight, bias, in_width, out_width, stride[0])
 
 
@@ -219,12 +218,8 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 7
 
 
-def _backward_twice(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("sliced operations with a width for every sample can be differentiated once, not twice")
-
-
 torch.library.register_autograd("gatedkernels::sliced_conv2d", _backward, setup_context=_save)
-torch.library.register_autograd("gatedkernels::sliced_conv2d_backward", _backward_twice)
+differentiate_once("sliced_conv2d_backward", "sliced operations with a width for every sample")
 
 
 def sliced_conv2d(

@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
-from gatedkernels.ops._backends import Backend, require
+from gatedkernels.ops._autograd import differentiate_once
+from gatedkernels.ops._backends import Backend, refuse, require
 from gatedkernels.ops._widths import Width, check_width, equal_widths, put, take
 from gatedkernels.ops.sliced_linear.reference import sliced_linear_backward_reference, sliced_linear_reference
 
@@ -36,9 +37,7 @@ def _launch_dense(
 def _launch_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_width: Tensor | None, out_width: Tensor | None
 ) -> Tensor:
-    problem = policy.linear_problem(x)
-    if problem:
-        raise ValueError(f"backend 'cpu' {problem}")
+    refuse("cpu", policy.linear_problem(x))
     y = torch.ops.gatedkernels.sliced_linear_cpu(_tokens(x), weight, bias, in_width, out_width)
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -153,12 +152,8 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
 
 
-def _backward_twice(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("sliced operations with a width for every sample can be differentiated once, not twice")
-
-
 torch.library.register_autograd("gatedkernels::sliced_linear", _backward, setup_context=_save)
-torch.library.register_autograd("gatedkernels::sliced_linear_backward", _backward_twice)
+differentiate_once("sliced_linear_backward", "sliced operations with a width for every sample")
 
 
 def sliced_linear(
