@@ -179,7 +179,8 @@ def sliced_linear(
         in_width: Channels of ``x`` to read: an int from 1 to C', or int32 or int64, shape (N,), for every sample;
             None: all. Numbers in a tensor that are out of range mean the nearest that is not.
         out_width: Units to compute: an int from 1 to K, or int32 or int64, shape (N,); None: all.
-        backend: "reference", "dense", "cpu", "triton", or "auto": the policy's choice. An explicit one never falls back.
+        backend: "reference", "dense", "cpu", "triton", or "auto": the policy's choice. An explicit one never falls
+            back.
 
     Returns:
         Shape (N, …, out_width) with an int; with a tensor (N, …, K), zeros beyond each sample's width. Contiguous.
@@ -215,5 +216,8 @@ def sliced_linear(
     x, weight, bias = x[..., :ins], weight[:outs, :ins], None if bias is None else bias[:outs]
     if in_widths is None and out_widths is None and backend in ("auto", "dense"):
         return linear(x, weight, bias).contiguous()
+    arguments.refuse_tangents(x, weight, bias)
     served = policy.choose_sliced_linear(x) if backend == "auto" else backend
+    if served == "cpu" and not torch.compiler.is_compiling() and not arguments.recorded(x, weight, bias):
+        return _launch_cpu(x, weight, bias, in_widths, out_widths).contiguous()
     return torch.ops.gatedkernels.sliced_linear.default(x, weight, bias, in_widths, out_widths, served)
