@@ -34,7 +34,7 @@ def test_table():
 
 
 def test_runs_of_two_tables_are_refused():
-    with pytest.raises(ValueError, match=r"runs must differ in method, width or seed, got us3l at 1\.0 of seed 0 twice"):
+    with pytest.raises(ValueError, match=r"runs must differ in method, width or seed, got us3l at 1\.0 of seed 0"):
         gather([*RUNS, run("us3l", 0, w1=0.41)], "linear")
 
 
