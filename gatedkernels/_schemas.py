@@ -66,6 +66,10 @@ SCHEMAS = (
     " SymInt out_channels, SymInt stride, bool relu) -> Tensor",
     "packed_stem(Tensor x, Tensor weight, Tensor bias, SymInt stride, SymInt padding, bool relu, bool pool) -> Tensor",
     "packed_pool(Tensor x) -> Tensor",
+    # Stem, residual blocks and pooling: stride, padding, ReLU and pooling of the stem; the tensors of each block from
+    # gate_weight1 to shortcut_bias as packed_residual has them, its mask if it is given, and its stride.
+    "packed_network(Tensor images, Tensor stem_weight, Tensor stem_bias, int[] stem, Tensor?[] parts, Tensor?[] masks,"
+    " int[] strides) -> Tensor",
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gatedkernels import _extension
 from gatedkernels.nn import (
     Branch,
     GatedBasicBlock,
@@ -22,6 +23,7 @@ from gatedkernels.nn import slice as slice_network
 from gatedkernels.nn.packed import Packed, PackedConv2d, PackedGatedConv2d
 from gatedkernels.nn.packed_blocks import PackedBasicBlock, PackedBottleneck
 from gatedkernels.nn.packed_stem import PackedPool, PackedStem
+from gatedkernels.nn.packed_trunk import PackedTrunk
 
 
 def _fold_outside(model: nn.Module) -> None:
@@ -97,6 +99,15 @@ def _run_once(fast: nn.Module, example: Tensor) -> None:
             hook.remove()
 
 
+def _join(fast: nn.Module) -> None:
+    """Give a network that names its ``stages`` one operator for all that comes before its classifier."""
+    stages: tuple[str, ...] = getattr(fast, "stages", ())
+    if stages and _extension.CPU_ERROR is None:
+        model = cast(Any, fast)
+        parts = model.foldable[0], stages, model.poolings[0]
+        model.trunk = PackedTrunk(fast, *parts) if PackedTrunk.serves(fast, *parts) else None
+
+
 def optimize(model: nn.Module, example: Tensor, branch: Branch = "gated") -> nn.Module:
     """Make a copy of a gated network, block or convolution that runs fast.
 
@@ -133,4 +144,5 @@ def optimize(model: nn.Module, example: Tensor, branch: Branch = "gated") -> nn.
         for parameter in fast.parameters():
             parameter.requires_grad_(False)
         _run_once(fast, example)
+    _join(fast)
     return fast.eval()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gatedkernels.models._options import check_choice, check_num_classes, start_convolutions
 from gatedkernels.models._registry import register_model
 from gatedkernels.nn import Branch, Gate, GatedBasicBlock, GatedBottleneck, check_branch, gate_key
+from gatedkernels.nn.packed_trunk import PackedTrunk
 
 Stem = Literal["imagenet", "cifar"]
 
@@ -41,6 +42,8 @@ class GatedResNet(nn.Module):
     # Convolution, normalisation, activation and pooling before the blocks, for `optimize` to fold into one.
     foldable: ClassVar[tuple[tuple[str, str, str, str], ...]] = (("conv1", "bn1", "relu", "maxpool"),)
     poolings: ClassVar[tuple[str, ...]] = ("avgpool",)
+    stages: ClassVar[tuple[str, ...]] = _STAGES
+    trunk: PackedTrunk | None = None  # all that comes before the classifier, in an optimised copy
     default_branch: Branch = "gated"  # an optimised copy serves one branch, and it may be the other
 
     def __init__(
@@ -120,6 +123,8 @@ class GatedResNet(nn.Module):
         branch = branch or self.default_branch
         check_branch(branch)
         masks = self._check_masks(branch, masks)
+        if self.trunk and branch == self.default_branch and not (masks or return_gates) and self.trunk.takes(x):
+            return self.fc(self.trunk(x))
         gates: dict[str, Gate] = {}
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for name, block in self.blocks().items():

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from gatedkernels.models._options import check_choice, check_num_classes, start_convolutions
@@ -18,6 +17,7 @@ from gatedkernels.nn import (
     SlimmableNetwork,
     SwitchableBatchNorm2d,
 )
+from gatedkernels.nn.packed_trunk import PackedTrunk
 
 Norm = Literal["shared", "switchable"]
 
@@ -66,6 +66,9 @@ class SlimmableResNet(SlimmableNetwork):
 
     # Convolution, normalisation, activation and pooling before the blocks, for `optimize` to fold into one.
     foldable: ClassVar[tuple[tuple[str, str, str, str], ...]] = (("conv1", "bn1", "relu", "maxpool"),)
+    poolings: ClassVar[tuple[str, ...]] = ("avgpool",)
+    stages: ClassVar[tuple[str, ...]] = _STAGES
+    trunk: PackedTrunk | None = None  # all that comes before the classifier, in an optimised copy
 
     def __init__(
         self,
@@ -107,7 +110,7 @@ class SlimmableResNet(SlimmableNetwork):
                 blocks.append(block(ins, channels << i, 2 if i > 0 and j == 0 else 1, normalise, divisor))
                 ins = (channels << i) * block.expansion
             self.add_module(stage, nn.Sequential(*blocks))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool: nn.Module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
         self.num_features = ins
         self.fc: nn.Module = nn.Identity()
         if num_classes is not None:
@@ -125,10 +128,12 @@ class SlimmableResNet(SlimmableNetwork):
         Returns:
             Logits, shape (N, num_classes), or features, of as many dimensions as the last stage has channels.
         """
+        if self.trunk and self.trunk.takes(x):
+            return self.fc(self.trunk(x))
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in _STAGES:
             x = self.get_submodule(stage)(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.fc(self.avgpool(x))
 
 
 @register_model

@@ -9,4 +9,7 @@ namespace gatedkernels {
 Tensor channel_gate(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                     const Tensor& bias2);
 
+// Images (N, C, H, W) of either dtype to (N, C).
+Tensor packed_pool(const Tensor& x);
+
 }  // namespace gatedkernels

@@ -1,7 +1,7 @@
 // The first convolution of a network, and its pooling, from images of any layout to NHWC pixels.
 #include <algorithm>
 
-#include "tensors.h"
+#include "stem.h"
 
 namespace gatedkernels {
 namespace {

@@ -113,7 +113,7 @@ class PackedBasicBlock(PackedResidual):
         check_images(x, shape.in_channels, self.weight1)
         if mask is not None or branch is not None:
             self._check(x, branch, (mask,))
-        if mask is None and self._is_one(x):
+        if mask is None and self._is_one():
             y, mask = self._run(x)
             return (y, _as_gate(mask)) if return_gate else y
         if mask is None:
@@ -134,26 +134,42 @@ class PackedBasicBlock(PackedResidual):
             )  # fmt: skip
         return (y, _as_gate(mask)) if return_gate else y
 
-    def _is_one(self, x: Tensor) -> bool:
+    def is_simple(self) -> bool:
+        """Whether the operators that decide and compute in one call serve this block."""
+        downsample = self.downsample
+        return (
+            self.group == 1
+            and self.weight1.dtype in NATIVE
+            and self.shapes[0].stride in ((1, 1), (2, 2))
+            and (downsample is None or (downsample.is_packed and downsample.extra_padding == 0))
+        )
+
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """What these operators take of it: the gate's weights, the block's own, and the shortcut's."""
+        gate, downsample = self._modules["gate"], self.downsample
+        decision = (None,) * len(_WEIGHTS) if gate is None else map(gate._buffers.__getitem__, _WEIGHTS)
+        weights = map(self._buffers.__getitem__, _BLOCK_WEIGHTS)  # the attributes, without the search for them
+        shortcut = (None, None) if downsample is None else (downsample.weight, downsample.bias)
+        return *decision, *weights, *shortcut
+
+    def given_mask(self, x: Tensor) -> Tensor | None:
+        """What is opened for these images instead of the gate's decision, if anything; see `fix_gates`."""
+        gate = cast(PackedGate | None, self._modules["gate"])
+        return None if gate is None or gate.fixed is None else gate.fixed(len(x))
+
+    def _is_one(self) -> bool:
         """Whether one operator does it all: nobody listens to the gate or the shortcut, which then are no calls."""
         gate, downsample = self._modules["gate"], self.downsample
         return (
             gate is not None
             and not _is_heard(gate)
-            and self.group == 1
-            and x.dtype in NATIVE
-            and self.shapes[0].stride in ((1, 1), (2, 2))
-            and (downsample is None or (downsample.is_packed and downsample.extra_padding == 0))
             and (downsample is None or not _is_heard(downsample))
+            and self.is_simple()
         )
 
     def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate = cast(PackedGate, self._modules["gate"])
-        fixed = None if gate.fixed is None else gate.fixed(len(x))
-        decision = map(gate._buffers.__getitem__, _WEIGHTS)
-        weights = map(self._buffers.__getitem__, _BLOCK_WEIGHTS)  # the attributes, without the search for them
-        shortcut = (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
-        y, decided = _ops.packed_residual(x, *decision, *weights, *shortcut, fixed, self.shapes[0].stride[0])
+        fixed = self.given_mask(x)
+        y, decided = _ops.packed_residual(x, *self.parts(), fixed, self.shapes[0].stride[0])
         return y, decided if fixed is None else fixed
 
 

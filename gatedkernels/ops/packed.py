@@ -11,8 +11,8 @@ the same tensors; where there is no Triton, and without the CPU library, the def
 these wherever it is faster, in float32.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -161,10 +161,38 @@ def _packed_stem(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: 
     return (max_pool2d(y, 3, 2, 1) if pool else y).contiguous(memory_format=torch.channels_last)
 
 
+def _packed_network(
+    images: Tensor,
+    stem_weight: Tensor,
+    stem_bias: Tensor,
+    stem: Sequence[int],
+    parts: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
+    strides: Sequence[int],
+) -> Tensor:
+    stem_stride, padding, relu, pool = stem
+    x = _packed_stem(
+        images.to(stem_weight.dtype), stem_weight, stem_bias, stem_stride, padding, bool(relu), bool(pool)
+    ).to(images.dtype)
+    for i, (mask, stride) in enumerate(zip(masks, strides, strict=True)):
+        gate, block, shortcut = (parts[12 * i + begin : 12 * i + end] for begin, end in ((0, 4), (4, 10), (10, 12)))
+        if gate[0] is None:
+            opened = torch.ones(len(x), len(cast(Tensor, block[0])), dtype=torch.bool, device=x.device)
+        else:
+            opened = _channel_gate(x, *cast(Sequence[Tensor], gate))
+        opened = opened if mask is None else mask
+        residual = x
+        if shortcut[0] is not None and shortcut[1] is not None:
+            residual = _packed_conv2d(x, *shortcut, None, None, None, len(shortcut[1]), stride, relu=False)
+        x = _packed_block(x, *block, opened, residual, stride)  # type: ignore[arg-type]
+    return _packed_pool(x)
+
+
 DEFINITIONS: dict[str, Callable[..., Any]] = {
     "channel_gate": _channel_gate,
     "packed_block": _packed_block,
     "packed_conv2d": _packed_conv2d,
+    "packed_network": _packed_network,
     "packed_pool": _packed_pool,
     "packed_residual": _packed_residual,
     "packed_stem": _packed_stem,
@@ -253,6 +281,11 @@ def _(x, *arguments):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("gatedkernels::packed_pool")
 def _(x):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[:2])
+
+
+@torch.library.register_fake("gatedkernels::packed_network")
+def _(images, stem_weight, stem_bias, stem, parts, masks, strides):  # type: ignore[no-untyped-def]
+    return images.new_empty((images.shape[0], parts[-5].shape[0] if parts else stem_bias.shape[0]))
 
 
 @torch.library.register_fake("gatedkernels::packed_conv2d")

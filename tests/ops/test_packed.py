@@ -296,14 +296,24 @@ def test_definitions_serve_where_the_library_does_not(name: str, images):
     """The Python definitions, that CUDA and builds without a compiler use, compute what the library does."""
     x, mask = images((2, 8, 5, 5)), torch.rand(2, 8) < 0.5
     weight, bias = torch.randn(8, 8, 3, 3) / 9, torch.randn(8)
+    block, shortcut = (
+        (pack_rows(weight), bias, pack_blocks(weight), bias, None, None),
+        (pack_blocks(weight[:, :, :1, :1]), bias),
+    )
     arguments = {
         "channel_gate": (x, torch.randn(6, 8), torch.randn(6), torch.randn(9, 6), torch.randn(9)),
         "packed_block": (x, pack_rows(weight), bias, pack_blocks(weight), bias, None, None, mask, x, 1),
         "packed_conv2d": (x, pack_blocks(weight), bias, mask, ~mask, x, 8, 1, True),
+        "packed_network": (
+            x, pack_stem(weight), bias, [1, 1, 1, 0],
+            [torch.randn(6, 8), torch.randn(6), torch.randn(8, 6), torch.randn(8), *block, *shortcut,
+             *[None] * 4, *block, None, None],
+            [None, mask], [2, 1],
+        ),
         "packed_pool": (x,),
         "packed_residual": (
-            x, torch.randn(6, 8), torch.randn(6), torch.randn(8, 6), torch.randn(8), pack_rows(weight), bias,
-            pack_blocks(weight), bias, None, None, pack_blocks(weight[:, :, :1, :1]), bias, None, 1,
+            x, torch.randn(6, 8), torch.randn(6), torch.randn(8, 6), torch.randn(8), *block, *shortcut,
+            None, 1,
         ),
         "packed_stem": (x, pack_stem(weight), bias, 1, 1, True, True),
     }[name]  # fmt: skip
@@ -377,6 +387,18 @@ def test_registration(n: int, stride: int, images):
         (ops.channel_gate, (x, torch.randn(6, 8), torch.randn(6), torch.randn(9, 6), torch.randn(9))),
         (ops.packed_block, (x, pack_rows(weight), bias, pack_blocks(weight), bias, None, None, mask, None, stride)),
         (ops.packed_conv2d, (x, pack_blocks(weight), bias, mask, ~mask, None, 8, stride, True)),
+        (
+            ops.packed_network,
+            (
+                x,
+                pack_stem(weight),
+                bias,
+                [stride, 1, 1, 0],
+                [None] * 4 + [pack_rows(weight), bias, pack_blocks(weight), bias] + [None] * 4,
+                [mask],
+                [1],
+            ),
+        ),
         (ops.packed_pool, (x,)),
         (
             ops.packed_residual,
