@@ -165,9 +165,8 @@ class Block {
     const float* in = x_ + n * conv1_.size.H * conv1_.size.W * conv1_.C;
     float* planes = planes_ + offset_[n] + item.from * conv1_.plane;
     const bool on_rows = item.stage == Stage::out_rows;
-    bring_rows(on_rows ? conv1_.weight : tiles1_.weight, on_rows ? 9 * int64_t{conv1_.C} : 16 * int64_t{conv1_.C} + 16,
-               channels, count);
     if (on_rows) {
+      bring_rows(conv1_.weight, 9 * int64_t{conv1_.C}, channels, count);
       run.out_rows(conv1_, in, channels, count, plan_.count[n] - item.from, item.begin, item.end, planes);
       return;
     }
@@ -175,8 +174,18 @@ class Block {
     ThreadTiles& mine = ThreadTiles::mine();
     mine.reserve(Components::floats(conv1_.C, strips1_.widest()), tile_scratch(grid1_, strips1_.widest()));
     const Components components(mine.components, conv1_.C, strip.tiles());
+    const int64_t row = 16 * int64_t{conv1_.C} + 16;
     if (mine.lacks(call_, item.stage, item.sample, strip)) {
-      run.image_tiles(grid1_, strip, in, conv1_.C, 0, conv1_.C, components, mine.scratch);
+      // The weights of the first register tile come behind the transform, a share with every piece of it.
+      constexpr int kPiece = 32, kFirst = 9;
+      for (int from = 0; from < conv1_.C; from += kPiece) {
+        const int to = std::min(from + kPiece, conv1_.C);
+        const int64_t begin = row * from / conv1_.C, many = row * to / conv1_.C - begin;
+        for (int j = 0; j < std::min(count, kFirst); ++j) bring(tiles1_.weight + channels[j] * row + begin, many);
+        run.image_tiles(grid1_, strip, in, conv1_.C, from, to, components, mine.scratch);
+      }
+    } else {
+      bring_rows(tiles1_.weight, row, channels, count);
     }
     run.out_tiles(tiles1_, grid1_, strip, components, channels, count, plan_.count[n] - item.from, planes,
                   mine.scratch);

@@ -14,28 +14,35 @@ struct InTiles {
   static constexpr int kVectors = 2;
   static constexpr int kMostTiles = kAccumulators<L> / kVectors;
   static constexpr int kSoon = 4;  // channels
-  static_assert(kMostTiles <= 12 && kVectors * L <= 32, "tile_scratch counts on it");
+  static constexpr int kTogether = 3;  // groups of tiles that walk through the weights side by side
+  static_assert(kTogether * kMostTiles <= 36 && kVectors * L <= 32, "tile_scratch counts on it");
 
-  // products[component][tile][lane]. Four components at a time, and meanwhile the weights of the next four come nearer,
-  // in the order in which they lie in memory: listed rows are nothing that a processor foresees. Behind the last four
-  // come the first ones of the block `next`, if it is not null. If the first ones are `cold`, they come now.
+  // Weights to bring nearer meanwhile: of the four components at `four`, nothing if it is null, one piece of kBlock floats
+  // from `piece` on in `every` steps. Four pieces are the row of a channel.
+  struct Ahead {
+    const float* four;
+    int piece, every;
+  };
+
+  // products[component][tile][lane] of four components, whose weights lie at `four`. Listed rows are nothing that a
+  // processor foresees: if they are `cold`, they come now.
   template <int P>
-  static void multiply(const float* weight, int64_t C, const float* next, const float* v, int64_t pitch, int64_t step,
+  static void multiply(const float* four, Ahead ahead, const float* v, int64_t pitch, int64_t step,
                        const int32_t* channels, int count, bool cold, float* products) {
-    const int64_t quarter = C * kTileRow;
-    for (int component = 0; component < 16; ++component) {
+    int wait = ahead.every;
+    for (int component = 0; component < 4; ++component) {
       Vector<L> sum[P][kVectors] = {};
       const float* in = v + component * step;
-      const float* const four = weight + component / 4 * quarter;
-      const float* const soon = component / 4 < 3 ? four + quarter : next;
-      const float* const rows = four + component % 4 * kBlock;
-      int ahead = component % 4 * count;  // pieces of the next four that have been fetched
-      for (int j = 0; j < count; ++j, ++ahead, in += pitch) {
+      const float* const rows = four + component * kBlock;
+      for (int j = 0; j < count; ++j, in += pitch) {
         if (component == 0 && cold) {
           const int late = j + kSoon < count ? j + kSoon : count - 1;
           bring(four + row_of(channels, late), kTileRow);
         }
-        if (soon) bring(soon + row_of(channels, ahead / 4) + ahead % 4 * kBlock, kVectors * L);
+        if (ahead.four && --wait == 0) {
+          bring(ahead.four + row_of(channels, ahead.piece / 4) + ahead.piece % 4 * kBlock, kVectors * L);
+          ++ahead.piece, wait = ahead.every;
+        }
         const float* row = rows + row_of(channels, j);
         Vector<L> w[kVectors];
 #pragma GCC unroll 2
@@ -63,8 +70,7 @@ struct InTiles {
     return (channels ? channels[j] : j) * int64_t{kTileRow};
   }
 
-  using Multiply = void (*)(const float*, int64_t, const float*, const float*, int64_t, int64_t, const int32_t*, int,
-                            bool, float*);
+  using Multiply = void (*)(const float*, Ahead, const float*, int64_t, int64_t, const int32_t*, int, bool, float*);
 
   // One tile of `valid` output channels from here on: its products become up to four pixels.
   static GK_INLINE void finish(const InConv& conv, const float* products, int64_t step, int rows, int columns,
@@ -113,32 +119,61 @@ struct InTiles {
     }
   }
 
+  // Tiles of the next of `groups` groups, as even as they come.
+  static int tiles_of(int tiles, int groups) { return (tiles + groups - 1) / groups; }
+
+  static void finish_tiles(const InConv& conv, const TileGrid& grid, int tile, int many, int lane, const float* products,
+                           const float* residual, float* y) {
+    const Geometry& g = grid.size;
+    for (int p = 0; p < many; ++p, ++tile) {
+      const int row = 2 * (tile / grid.columns), column = 2 * (tile % grid.columns);
+      const int64_t pixel = (int64_t{row} * g.OW + column) * conv.K + lane;
+      finish(conv, products + p * kVectors * L, int64_t{many} * kVectors * L, row + 1 < g.OH ? 2 : 1,
+             column + 1 < g.OW ? 2 : 1, conv.K - lane, conv.bias ? conv.bias + lane : nullptr,
+             residual ? residual + pixel : nullptr, y + pixel);
+    }
+  }
+
   static void run(const InConv& conv, const TileGrid& grid, Strip strip, const Components& v, const int32_t* channels,
                   int count, int block, int last, const float* residual, float* y, float* scratch) {
     static constexpr auto kMultiply = []<int... P>(std::integer_sequence<int, P...>) {
       return std::array<Multiply, kMostTiles>{multiply<P + 1>...};
     }(std::make_integer_sequence<int, kMostTiles>{});
-    const Geometry& g = grid.size;
     const int tiles = strip.tiles(), groups = (tiles + kMostTiles - 1) / kMostTiles;
+    const int walks = (groups + kTogether - 1) / kTogether;
     const int end = last * kBlock < conv.K ? last * kBlock : conv.K, blocks = (conv.K + kBlock - 1) / kBlock;
+    const int64_t quarter = conv.C * int64_t{kTileRow};
     for (int lane = block * kBlock; lane < end; lane += kVectors * L) {
       const int mine = lane / kBlock, soon = mine + 1 < last ? mine + 1 : mine + 1 + (conv.turns - 1) * (last - block);
-      const int64_t block_floats = 4 * int64_t{conv.C} * kTileRow;
-      const float* weight = conv.weight + mine * block_floats + lane % kBlock;
+      const float* const weight = conv.weight + 4 * mine * quarter + lane % kBlock;
       const bool known = mine + 1 < last || (conv.turns > 0 && soon < blocks);
-      for (int group = 0, at = 0; group < groups; ++group) {
-        const int many = (tiles - at + groups - group - 1) / (groups - group);
-        fetch(conv, grid, strip.first + at, many, lane, residual, y);
-        const float* next = known && group + 1 == groups ? conv.weight + soon * block_floats : nullptr;
-        kMultiply[many - 1](weight, conv.C, next, v.data + at, v.pitch, v.step, channels, count,
-                            group == 0 && lane == block * kBlock, scratch);
-        for (int p = 0; p < many; ++p, ++at) {
-          const int row = 2 * ((strip.first + at) / grid.columns), column = 2 * ((strip.first + at) % grid.columns);
-          const int64_t pixel = (int64_t{row} * g.OW + column) * conv.K + lane;
-          finish(conv, scratch + p * kVectors * L, int64_t{many} * kVectors * L, row + 1 < g.OH ? 2 : 1,
-                 column + 1 < g.OW ? 2 : 1, conv.K - lane, conv.bias ? conv.bias + lane : nullptr,
-                 residual ? residual + pixel : nullptr, y + pixel);
+      for (int walk = 0, group = 0, at = 0; walk < walks; ++walk) {
+        // Some groups take four components each in turn, and meanwhile the weights of the next four come nearer, a share
+        // with every group, so that memory keeps up with arithmetic. Behind the last four come those of another block.
+        const int together = (groups - group + walks - walk - 1) / (walks - walk);
+        const int first = at;
+        for (int four = 0; four < 4; ++four) {
+          const float* const next = four < 3                                 ? weight + (four + 1) * quarter
+                                    : known && group + together == groups ? conv.weight + 4 * soon * quarter
+                                                                             : nullptr;
+          at = first;
+          for (int i = 0; i < together; ++i) {
+            const int many = tiles_of(tiles - at, groups - group - i);
+            if (four == 3) fetch(conv, grid, strip.first + at, many, lane, residual, y);
+            kMultiply[many - 1](weight + four * quarter, {next, 4 * count * i / together, together},
+                                v.data + 4 * four * v.step + at, v.pitch, v.step, channels, count,
+                                walk == 0 && i == 0 && four == 0 && lane == block * kBlock,
+                                scratch + (16 * (at - first) + 4 * four * many) * kVectors * L);
+            at += many;
+          }
         }
+        at = first;
+        for (int i = 0; i < together; ++i) {
+          const int many = tiles_of(tiles - at, groups - group - i);
+          finish_tiles(conv, grid, strip.first + at, many, lane, scratch + 16 * (at - first) * kVectors * L, residual, y);
+          at += many;
+        }
+        group += together;
       }
     }
   }

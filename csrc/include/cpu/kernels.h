@@ -66,20 +66,30 @@ struct Strip {
   int tiles() const { return last - first; }
 };
 
-// Where the 16 components of some channels and a strip of tiles lie.
+// Whether a strip ends with the tile in the corner of an image of odd height and width, and this tile would have a vector
+// to itself: it is computed apart then, as the one pixel that it holds.
+inline bool has_lone_corner(const TileGrid& grid, Strip strip) {
+  return grid.size.OH % 2 && grid.size.OW % 2 && strip.last == grid.tiles() && strip.tiles() % 8 == 1 && strip.tiles() > 1;
+}
+
+// Where the 16 components of some channels and a strip of tiles lie, and behind them those that a lone corner needs.
 struct Components {
+  static constexpr int kCorner = 9;  // components that the first pixel of a tile is the sum of
+
   float* data;
-  int64_t pitch;  // floats from channel to channel
-  int64_t step;   // floats from component to component
+  int64_t pitch;     // floats from channel to channel
+  int64_t step;      // floats from component to component
+  int64_t channels;  // floats from component to component of the corner
 
   static int64_t pitch_of(int64_t tiles) { return (tiles + 15) / 16 * 16; }
   // Not a power of two.
   static int64_t step_of(int64_t channels, int64_t tiles) { return channels * pitch_of(tiles) + 16; }
-  static int64_t floats(int64_t channels, int64_t tiles) { return 16 * step_of(channels, tiles); }
+  static int64_t floats(int64_t channels, int64_t tiles) { return 16 * step_of(channels, tiles) + kCorner * channels; }
 
-  Components(float* data_, int64_t channels, int64_t tiles)
-      : data(data_), pitch(pitch_of(tiles)), step(step_of(channels, tiles)) {}
+  Components(float* data_, int64_t channels_, int64_t tiles)
+      : data(data_), pitch(pitch_of(tiles)), step(step_of(channels_, tiles)), channels(channels_) {}
   float* row(int component, int channel) const { return data + component * step + channel * pitch; }
+  float* corner(int row, int column) const { return data + 16 * step + (3 * row + column) * channels; }
 };
 
 // Floats of scratch memory that the kernels on tiles need for a strip of so many tiles.
@@ -88,7 +98,7 @@ inline int64_t tile_scratch(const TileGrid& grid, int64_t tiles) {
   const int64_t rows = (tiles + grid.columns - 2) / grid.columns + 2;
   const int64_t table = (rows * (grid.columns + 1) + 15) / 16 * 16;
   const int64_t splitting = 16 * (4 * table + 16) + 4 * table, multiplying = 148 * Components::pitch_of(tiles);
-  constexpr int64_t kGathering = 16 * 12 * 32;
+  constexpr int64_t kGathering = 16 * 36 * 32;
   return splitting + multiplying + kGathering;
 }
 // Linear: some tokens times one panel of at most kBlock units.

@@ -20,11 +20,19 @@ struct OutTiles {
 
   static int64_t weight_row(int64_t C) { return 16 * C + 16; }
 
-  // products[t][component][lanes]. Meanwhile come the `next` weights, where they are not null.
+  // Weights to bring nearer meanwhile: rows, or null, cache line by line from `line` on, one in `every` lines' time.
+  struct Ahead {
+    const float* const* rows;
+    int64_t line;
+    int every;
+  };
+
+  // products[t][component][lanes].
   template <int M, int P, int T>
-  static void multiply(const float* const* weight, const float* const* next, const float* v, int64_t pitch,
-                       int64_t step, int64_t C, float* products, int64_t product_step) {
-    constexpr int kLine = 16;  // of the cache
+  static void multiply(const float* const* weight, Ahead ahead, const float* v, int64_t pitch, int64_t step, int64_t C,
+                       float* products, int64_t product_step) {
+    constexpr int kLine = 16;  // floats
+    int wait = ahead.every;
     const float* w[T];
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) w[t] = weight[t];
@@ -32,8 +40,9 @@ struct OutTiles {
       Vector<M> sum[P][T] = {};
       const float* in = v;
       for (int64_t c = 0; c < C; ++c, in += pitch) {
-        if (next && c % kLine == 0) {
-          for (int t = 0; t < T; ++t) __builtin_prefetch(next[t] + component * C + c, 0, 2);
+        if (ahead.rows && c % kLine == 0 && --wait == 0) {
+          for (int t = 0; t < T; ++t) __builtin_prefetch(ahead.rows[t] + ahead.line * kLine, 0, 2);
+          ++ahead.line, wait = ahead.every;
         }
         Vector<M> values[P];
 #pragma GCC unroll 4
@@ -60,8 +69,7 @@ struct OutTiles {
     }
   }
 
-  using Multiply = void (*)(const float* const*, const float* const*, const float*, int64_t, int64_t, int64_t, float*,
-                            int64_t);
+  using Multiply = void (*)(const float* const*, Ahead, const float*, int64_t, int64_t, int64_t, float*, int64_t);
 
   template <int M, int P>
   static constexpr auto by_channels() {
@@ -107,6 +115,25 @@ struct OutTiles {
     });
   }
 
+  // The one pixel of the tile in the corner: the first one of a tile is the sum of nine components.
+  static float corner_pixel(const float* weight, const Components& v, int64_t C) {
+    Vector<L> sum[3] = {};
+    for (int r = 0; r < 3; ++r) {
+#pragma GCC unroll 3
+      for (int s = 0; s < 3; ++s) {
+        const float *u = weight + (4 * r + s) * C, *in = v.corner(r, s);
+        int64_t c = 0;
+        for (; c + L <= C; c += L) sum[s] += load<L>(u + c) * load<L>(in + c);
+        const int rest = static_cast<int>(C - c);
+        if (rest) sum[s] += load_first<L>(u + c, rest) * load_first<L>(in + c, rest);
+      }
+    }
+    const Vector<L> all = sum[0] + sum[1] + sum[2];
+    float pixel = 0;
+    for (int i = 0; i < L; ++i) pixel += all[i];
+    return pixel;
+  }
+
   static_assert(kMostChannels * 16 + 4 <= 148, "tile_scratch counts on it");
 
   static void run(const OutConv& conv, const TileGrid& grid, Strip strip, const Components& v,
@@ -122,11 +149,13 @@ struct OutTiles {
     static constexpr auto kHalf = by_channels<(L > 8 ? 8 : 4), 1>();
     static constexpr auto kQuad = by_channels<4, 1>();
 
-    // The strip's last tiles, if they are few, go into shorter vectors.
+    // The strip's last tiles, if they are few, go into shorter vectors, and a single one of one pixel into none.
+    const bool corner = has_lone_corner(grid, strip);
+    if (corner) --strip.last;
     const int tiles = strip.tiles(), over = tiles % L;
     const int narrow = over == 0 ? 0 : over <= 4 && L > 4 ? 4 : over <= 8 && L > 8 ? 8 : 0;
     const int vectors = tiles / L + (over && !narrow);
-    const int groups = (vectors + kMostVectors - 1) / kMostVectors;
+    const int groups = (vectors + kMostVectors - 1) / kMostVectors, passes = groups + (narrow > 0);
     const int widest = groups ? (vectors + groups - 1) / groups : 1;
     const int most = channels_for(widest), parts = (count + most - 1) / most;
     float* const lines = scratch + kMostChannels * 16 * v.pitch;
@@ -138,20 +167,22 @@ struct OutTiles {
       const float* const* next = far > j && far + many <= listed ? ahead : nullptr;
       for (int t = 0; next && t < many; ++t) ahead[t] = conv.weight + channels[far + t] * weight_row(conv.C);
       int done = 0;
-      for (int group = 0; group < groups; ++group) {
-        const int wide = (vectors - done + groups - group - 1) / (groups - group);
-        kWide[wide - 1][many - 1](weight, next, v.data + done * L, v.pitch, v.step, conv.C, scratch + done * L,
-                                  v.pitch);
+      for (int pass = 0; pass < passes; ++pass) {
+        const bool is_narrow = pass == groups;
+        const int wide = is_narrow ? 0 : (vectors - done + groups - pass - 1) / (groups - pass);
+        const Multiply run_pass = is_narrow ? (narrow == 8 ? kHalf : kQuad)[many - 1] : kWide[wide - 1][many - 1];
+        run_pass(weight, {next, conv.C * pass / passes, passes}, v.data + done * L, v.pitch, v.step, conv.C,
+                 scratch + done * L, v.pitch);
         done += wide;
-        next = nullptr;
-      }
-      if (narrow) {
-        (narrow == 8 ? kHalf : kQuad)[many - 1](weight, next, v.data + done * L, v.pitch, v.step, conv.C,
-                                                scratch + done * L, v.pitch);
       }
       for (int t = 0; t < many; ++t) {
-        finish(conv, grid, strip, scratch + t * 16 * v.pitch, v.pitch, conv.bias ? conv.bias[channels[j + t]] : 0.0f,
-               planes + (j + t) * conv.plane, lines);
+        const float bias = conv.bias ? conv.bias[channels[j + t]] : 0.0f;
+        float* const plane = planes + (j + t) * conv.plane;
+        finish(conv, grid, strip, scratch + t * 16 * v.pitch, v.pitch, bias, plane, lines);
+        if (corner) {
+          const float pixel = corner_pixel(weight[t], v, conv.C) + bias;
+          plane[int64_t{grid.size.OH} * grid.size.OW - 1] = conv.relu && pixel < 0 ? 0 : pixel;
+        }
       }
       j += many;
     }

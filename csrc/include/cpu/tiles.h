@@ -23,6 +23,22 @@ GK_INLINE void cover(int count, const Body& body) {
   }
 }
 
+// The same where the end may be written beyond: the rest goes into the shortest vector that holds it.
+template <int L, class Body>
+GK_INLINE void cover_beyond(int count, const Body& body) {
+  int i = 0;
+  for (; i + L <= count; i += L) body(i, std::integral_constant<int, L>{});
+  const int rest = count - i;
+  if (rest <= 0) return;
+  if constexpr (L > 8) {
+    if (rest > 8) return body(i, std::integral_constant<int, L>{});
+  }
+  if constexpr (L > 4) {
+    if (rest > 4) return body(i, std::integral_constant<int, 8>{});
+  }
+  body(i, std::integral_constant<int, 4>{});
+}
+
 // body(row, column, count, at): `count` tiles side by side, `at` tiles after the first one of the strip.
 template <class Body>
 GK_INLINE void for_each_row(const TileGrid& grid, Strip strip, const Body& body) {
@@ -130,7 +146,7 @@ struct Tiles {
   // Tiles side by side: `corner` is the first one's entry in the first table, `to` its place in the first component.
   static __attribute__((noinline)) void transform_row(const float* corner, int64_t table, int64_t pitch, int count,
                                                       float* to, int64_t step) {
-    cover<L>(count, [=](int i, auto lanes) __attribute__((always_inline)) {
+    cover_beyond<L>(count, [=](int i, auto lanes) __attribute__((always_inline)) {
       constexpr int M = decltype(lanes)::value;
       float* row = to + i;
       Vector<M> t[4][4];
@@ -153,15 +169,18 @@ struct Tiles {
     });
   }
 
-  // One channel from its split pixels to its row of every component.
+  // One channel from its split pixels to its row of every component. What lies behind the last tile is left as it is:
+  // lanes that read it compute what nobody asks for.
   static void transform(const Split& from, const TileGrid& grid, Strip strip, const float* split, float* row,
                         int64_t step) {
     for_each_row(grid, strip, [&](int y, int x, int count, int at) {
       transform_row(split + (y - from.first) * from.pitch + x, from.table, from.pitch, count, row + at, step);
     });
-    const int tiles = strip.tiles(), padded = static_cast<int>(Components::pitch_of(tiles));
-    for (int component = 0; component < 16 && tiles < padded; ++component) {
-      for (int t = tiles; t < padded; ++t) row[component * step + t] = 0;
+  }
+
+  static GK_INLINE void keep_corner(const Components& components, int tile, int channel) {
+    for (int r = 0; r < 3; ++r) {
+      for (int c = 0; c < 3; ++c) components.corner(r, c)[channel] = components.row(4 * r + c, channel)[tile];
     }
   }
 
@@ -170,11 +189,13 @@ struct Tiles {
     const Split split(grid, strip);
     int32_t* offsets = reinterpret_cast<int32_t*>(scratch + L * split.channel);
     find_pixels(split, grid.size, static_cast<int>(C), offsets);
+    const bool corner = has_lone_corner(grid, strip);
     for (int c = from; c < to; c += L) {
       const int valid = to - c < L ? to - c : L;
       split_image(split, offsets, x + c, valid, scratch);
       for (int i = 0; i < valid; ++i) {
         transform(split, grid, strip, scratch + i * split.channel, components.row(0, c + i), components.step);
+        if (corner) keep_corner(components, strip.tiles() - 1, c + i);
       }
     }
   }
