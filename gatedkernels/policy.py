@@ -278,7 +278,7 @@ def choose_linear(x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) ->
 
 # With a width for every sample: the fewest output pixels of the batch for which packing the filters, once for all
 # samples, pays; below it PyTorch's convolution serves, for groups of equal width.
-SLICED_LEAST = 512
+SLICED_LEAST = 128
 
 
 def choose_sliced(

@@ -120,17 +120,23 @@ def evaluate_widths(
 
 
 def _widths_table(results: dict[str, Any], measures: Sequence[str]) -> Table:
-    """Lay out one row a width, untrained networks in brackets."""
+    """Lay out one row a width, untrained networks in brackets; accuracies of a trained classifier have no such."""
     rows = results["widths"]
     batches = list(rows[0]["ms"])
     pixels = ", ".join(f"{name} {value:.3f}" for name, value in results["accuracy"]["pixels"].items())
     title = f"{results['method']}, {results['epochs']} epochs (in brackets: untrained; raw pixels: {pixels})"
+    measures = [*measures, *(["classifier"] if "classifier" in rows[0]["accuracy"] else [])]
     table = Table("width", "MMACs", "params", *(f"ms, batch {batch}" for batch in batches), *measures, title=title)
     for row in rows:
         times = [f"{row['ms'][batch]['median']:.3f}" for batch in batches]
-        scores = [f"{row['accuracy'][name]:.3f} ({row['random_init'][name]:.3f})" for name in measures]
+        scores = [_score(row, name) for name in measures]
         table.add_row(f"{row['width']:g}", f"{row['macs'] * 1e-6:.2f}", f"{row['params']:,}", *times, *scores)
     return table
+
+
+def _score(row: dict[str, Any], measure: str) -> str:
+    untrained = row["random_init"].get(measure)
+    return f"{row['accuracy'][measure]:.3f}" + ("" if untrained is None else f" ({untrained:.3f})")
 
 
 def tune(run: Path, *, batch_sizes: Sequence[int] = (1, 16), dtype: str = "float32") -> None:

@@ -14,7 +14,8 @@ from gatedkernels import policy
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 INTERPRETED_FILES = [
-    f"test_{name}.py" for name in ("triton_kernels", "triton_schedules", "gate_kernels", "switch_kernels")
+    f"test_{name}.py"
+    for name in ("triton_kernels", "triton_schedules", "gate_kernels", "switch_kernels", "sliced_kernels")
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -46,6 +47,8 @@ def test_tensors_on_the_cpu_are_refused():
         lambda: gk.gated_conv2d(x, weight, None, mask, padding=1, backend="triton"),
         lambda: gk.gated_block(x, weight, None, weight, None, mask, backend="triton"),
         lambda: gk.gated_linear(x[:, :, 0, 0], weight[:, :, 0, 0], None, mask, backend="triton"),
+        lambda: gk.sliced_conv2d(x, weight, None, 2, padding=1, backend="triton"),
+        lambda: gk.sliced_linear(x[:, :, 0, 0], weight[:, :, 0, 0], None, 2, backend="triton"),
         lambda: gk.conv_out(x, weight, None, *plan, padding=1, backend="triton"),
         lambda: gk.conv_in(x, weight, None, *plan, padding=1, backend="triton"),
     ):
