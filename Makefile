@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml gatedkernels/_schemas.py
 
-.PHONY: demo test test-slow sanitize bench bench-check bench-gpu aot lint clean
+.PHONY: demo test test-slow sanitize bench bench-check bench-gpu aot aot-all lint clean
 .DEFAULT_GOAL := demo
 
 # PyTorch first, then the package against it: the libraries serve any PyTorch (stable ABI), and this downloads it once.
@@ -53,15 +53,19 @@ bench: $(VENV)/installed
 bench-check: $(VENV)/installed
 	$(BIN)/python -m bench.check
 
-# Every Triton kernel, compiled for chips that are not there: registers, shared memory, spills, matrix units.
+# The Triton kernels, compiled for chips that are not there: registers, shared memory, spills, matrix units. Each kernel
+# and each tile once for a chip; aot-all has them all for every type of number.
 aot: $(VENV)/installed
 	$(BIN)/python bench/aot.py
 
-# The same with another release, which needs nothing else: make aot-3.6.
+aot-all: $(VENV)/installed
+	$(BIN)/python bench/aot.py --all
+
+# All with another release, which needs nothing else: make aot-3.6.
 aot-%:
 	test -x build/triton-$*/bin/python || $(PYTHON) -m venv build/triton-$*
 	build/triton-$*/bin/pip install --quiet "triton==$*.*"
-	build/triton-$*/bin/python bench/aot.py
+	build/triton-$*/bin/python bench/aot.py --all
 
 # On a machine with a GPU: offline, with that machine's python and PyTorch, from a bare checkout.
 OUT ?= build/gpu

@@ -1,7 +1,10 @@
-"""Compile every Triton kernel and shipped configuration for chips that are not there, and judge what came out.
+"""Compile the Triton kernels and shipped configurations for chips that are not there, and judge what came out.
 
 ``python bench/aot.py`` needs Triton alone, whichever release: neither PyTorch nor a GPU nor an installation. It ends
 with 1 if a case spills registers, takes more shared memory than a block may have, or misses the matrix units.
+
+Without ``--all`` each kernel and each tile is compiled once for a chip, for as many numbers as differ: minutes on two
+cores. With it, all of them for all numbers.
 """
 
 import argparse
@@ -31,19 +34,27 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from gatedkernels.ops.channel_gate import configurations as gates  # noqa: E402
+from gatedkernels.ops.channel_gate import kernels as gate_kernels  # noqa: E402
 from gatedkernels.ops.plan import kernels as plan_kernels  # noqa: E402
-from gatedkernels.ops.ragged import gradient_kernels, kernels  # noqa: E402
-from gatedkernels.ops.ragged.configurations import GRADIENT_TILES, GradientTile, Tile, shipped  # noqa: E402
+from gatedkernels.ops.ragged import gradient_kernels, group_kernels, kernels, schedule_kernels, switch_kernels  # noqa: E402
+from gatedkernels.ops.ragged.configurations import (  # noqa: E402
+    GRADIENT_TILES,
+    GROUPED_ROWS,
+    SPLIT_MOST,
+    GradientTile,
+    Tile,
+    family,
+    shared_memory,
+    shipped,
+)
 
-# Shared memory that a block may have on the chip meant that has least, Ada.
-SHARED = 99 * 1024
 # The matrix instruction that a tile of 64 pixels or more is meant to use, and smaller ones.
-MATRIX = {80: ("HMMA", "HMMA"), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
+MATRIX = {80: ("HMMA", "HMMA"), 89: ("HMMA", "HMMA"), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PRECISIONS = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32"}
 HEAD = """| case | sm | registers | shared memory | spilled | matrix units | 16-byte copies | |
 |---|---|---|---|---|---|---|---|"""
-ATOM = 64  # pixels from which Hopper's warp groups multiply
 
 
 class Case(NamedTuple):
@@ -57,6 +68,7 @@ class Case(NamedTuple):
         warps: As the launcher has it.
         stages: Likewise.
         rows: Pixels of its matrix product, if it is one.
+        daily: Whether it is compiled without ``--all``.
     """
 
     name: str
@@ -66,6 +78,7 @@ class Case(NamedTuple):
     warps: int
     stages: int
     rows: int = 0
+    daily: bool = True
 
 
 class Outcome(NamedTuple):
@@ -87,7 +100,9 @@ def window(side: int, stride: int) -> dict[str, int]:
     return {"R": side, "S": side, **{f"{name}_{axis}": value for name, value in values.items() for axis in "HW"}}
 
 
-def conv(kind: str, numbers: str, tile: Tile, side: int = 3, stride: int = 1) -> Case:
+def conv(
+    kind: str, numbers: str, tile: Tile, side: int = 3, stride: int = 1, how: str = "", daily: bool = False
+) -> Case:
     """The ragged convolution, as a launcher specialises it for aligned channels.
 
     Args:
@@ -97,17 +112,25 @@ def conv(kind: str, numbers: str, tile: Tile, side: int = 3, stride: int = 1) ->
         tile: The configuration.
         side: Of the window.
         stride: Between windows.
+        how: "" is a program for each tile, "scheduled" a list of tiles; "part" sums a part of a reduction, and "finish"
+            adds the parts up; "summed" leaves sums of pixels, of neighbours.
+        daily: Whether it is compiled without ``--all``.
     """
     gradient, out, listed_inputs = kind == "dx", kind == "out", kind in ("in", "packed", "dx")
     grouped = kind == "packed"
     tensors = {"x", "weight", "y"} | ({"bias"} if not gradient else set())
     tensors |= {"residual"} if listed_inputs and not gradient else set()
     lists = {"out_index", "out_count"} if out else {"in_index", "in_count"} if listed_inputs else set()
-    lists |= {"order", "lists"} if grouped else set()
-    optional = {"bias", "residual", "gate", "in_index", "in_count", "out_index", "out_count", "order", "lists"}
+    lists |= {"order", "lists"} if grouped and how != "summed" else set()
+    lists |= {"tiles"} if how == "scheduled" else set()
+    optional = {"bias", "residual", "gate", "sums", "in_index", "in_count", "out_index", "out_count", "order", "lists"}
+    optional |= {"tiles", "partial"}
+    split = how in ("part", "finish")
     spread, between = (stride, 1) if gradient else (1, stride)
     constants = {
-        **dict.fromkeys(optional - tensors - lists),
+        **dict.fromkeys(
+            optional - tensors - lists - ({"partial"} if split else {"sums"} if how == "summed" else set())
+        ),
         # Weights lie in rows of what is not listed: along the outputs where inputs are listed, else along the inputs.
         **({} if grouped else {"weight_stride_k" if listed_inputs else "weight_stride_c": 1}),
         **window(side, between),
@@ -122,16 +145,20 @@ def conv(kind: str, numbers: str, tile: Tile, side: int = 3, stride: int = 1) ->
         "ROWS": tile.rows,
         "CHANNELS": tile.channels,
         "DEPTH": tile.depth,
+        "SPLITS": SPLIT_MOST if split else 1,
+        "FINISH": how == "finish",
     }
     if kind != "dense" and not grouped:
         constants["shared"] = 1
     pointers = {**dict.fromkeys(tensors, f"*{numbers}"), **dict.fromkeys(lists, "*i32")}
-    name = f"conv {kind} {side}x{side}/{stride} {numbers} {tile.rows}x{tile.channels}x{tile.depth}"
-    stages = tile.pipeline(listed_inputs)
-    return Case(name, kernels.ragged_conv_kernel, pointers, constants, tile.warps, stages, tile.rows)
+    pointers |= {"partial": "*fp32"} if split else {"sums": "*fp32"} if how == "summed" else {}
+    tile_name = f"{tile.rows}x{tile.channels}x{tile.depth}"
+    name = " ".join(filter(None, ["conv", kind, how, f"{side}x{side}/{stride}", numbers, tile_name]))
+    stages, rows = (1, 0) if how == "finish" else (tile.pipeline(listed_inputs), tile.rows)
+    return Case(name, kernels.ragged_conv_kernel, pointers, constants, tile.warps, stages, rows, daily)
 
 
-def weight_gradient(listed: str, numbers: str, tile: GradientTile) -> Case:
+def weight_gradient(listed: str, numbers: str, tile: GradientTile, daily: bool = False) -> Case:
     """The gradient of 3×3 weights where outputs ("out") or inputs ("in") are listed."""
     mask, other = ("out_mask", "in_mask") if listed == "out" else ("in_mask", "out_mask")
     pointers = {"x": f"*{numbers}", "dy": f"*{numbers}", mask: "*i1", "index": "*i32", "count": "*i32"}
@@ -146,28 +173,82 @@ def weight_gradient(listed: str, numbers: str, tile: GradientTile) -> Case:
     }
     name = f"dweight {listed} {numbers} {tile.outputs}x{tile.inputs}x{tile.rows}"
     kernel = gradient_kernels.weight_gradient_kernel
-    return Case(name, kernel, {**pointers, "partial": "*fp32"}, constants, tile.warps, tile.stages, tile.outputs)
+    pointers["partial"] = "*fp32"
+    return Case(name, kernel, pointers, constants, tile.warps, tile.stages, tile.outputs, daily)
 
 
-def cases() -> Iterator[Case]:
-    """Everything that is shipped."""
+def gate(kind: str, numbers: str, size: str, tile: gates.GateTile) -> Case:
+    """A gate of images, with its list ("lists") or with the number of its largest logit ("codes")."""
+    outputs = {"mask": "*i1", "index": "*i32", "count": "*i32", "codes": "*i32"}
+    kept = {"codes"} if kind == "codes" else outputs.keys() - {"codes"}
+    layers = dict.fromkeys(("weight1", "bias1", "weight2", "bias2"), "*fp32")
+    constants = {
+        **dict.fromkeys(outputs.keys() - kept),
+        **{name.upper(): value for name, value in tile._asdict().items() if name != "warps"},
+        "x_stride_c": 1,
+        "group": 1,
+        "GROUP": 1,
+    }
+    pointers = {"x": f"*{numbers}", **layers, **{name: outputs[name] for name in kept}}
+    return Case(f"gate {kind} {numbers}, {size}", gate_kernels.gate_kernel, pointers, constants, tile.warps, 3)
+
+
+def gate_cases() -> Iterator[Case]:
+    """Gates, which samples share a code, and which of two sides serves."""
+    tiles = gates.shipped()
+    yield from (gate("lists", "bf16", size, tile_) for size, tile_ in tiles.items())
+    yield from (gate(kind, numbers, "512", tiles["512"]) for kind, numbers in (("lists", "fp32"), ("codes", "bf16")))
+    pointers = dict.fromkeys(("codes", "order", "lists"), "*i32")
+    sizes = {"SAMPLES": group_kernels.MOST, "SHARED": 8}
+    yield Case("groups of equal codes", group_kernels.equal_groups_kernel, pointers, sizes, 8, 3)
+    names = ("count", "gated_inner", "gated_outer", "dense_inner", "dense_outer")
+    constants = {"CHUNK": switch_kernels.CHUNK}
+    yield Case("switch", switch_kernels.switch_kernel, dict.fromkeys(names, "*i32"), constants, 4, 3)
+
+
+def schedule(listed: str) -> Case:
+    """The list of tiles where outputs or inputs are listed, of groups that are not neighbours."""
+    used = {f"{listed}_count", "order", "lists", "tiles"}
+    unused = {"in_count", "out_count"} - used
+    constants = {**dict.fromkeys(unused), "ROWS": 128, "CHANNELS": 64, "CHUNK": 1024}
+    kernel = schedule_kernels.schedule_kernel
+    return Case(f"schedule {listed}", kernel, dict.fromkeys(used, "*i32"), constants, 4, 3)
+
+
+def cases(chip: str = "hopper") -> Iterator[Case]:
+    """Everything that is shipped for a chip: one of ``configurations.TILES``."""
+    yield from gate_cases()
     lists = {"index": "*i32", "count": "*i32"}
     yield Case(
         "plan", plan_kernels.plan_kernel, {"mask": "*i1", **lists}, {"order": None, "CHUNK": plan_kernels.CHUNK}, 4, 3
     )
+    yield from (schedule(listed) for listed in ("out", "in"))
     for numbers, size in SIZES.items():
         pack = {"x": f"*{numbers}", "packed": f"*{numbers}", **lists}
-        yield Case(f"pack {numbers}", kernels.pack_kernel, pack, {"PIXELS": 64, "CHANNELS": 32}, 4, 3)
-        for kind, listed in (("out", True), ("in", False)):
-            tiles = shipped(size, listed)[
-                -1 if numbers == "fp16" else 0 :
-            ]  # float16 differs by an instruction's suffix
-            yield from (conv(kind, numbers, tile) for tile in tiles)
-            yield conv(kind, numbers, tiles[-1], side=1)
-        yield conv("out", numbers, shipped(size, True)[-1], stride=2)
-        yield conv("dx", numbers, tiles[-1], stride=2)
-        yield from (conv(kind, numbers, tiles[-1]) for kind in ("dense", "dx", "packed"))
-        yield from (weight_gradient(listed, numbers, GRADIENT_TILES[size]) for listed in ("out", "in"))
+        yield Case(f"pack {numbers}", kernels.pack_kernel, pack, {"PIXELS": 64, "CHANNELS": 32}, 4, 3, 0, size == 2)
+        yield from convolutions(numbers, shipped(size, True, chip), shipped(size, False, chip), chip != "ada")
+        daily = numbers == "bf16"
+        yield from (weight_gradient(listed, numbers, GRADIENT_TILES[size], daily) for listed in ("out", "in"))
+
+
+def convolutions(numbers: str, listed: list[Tile], whole: list[Tile], every_tile: bool) -> Iterator[Case]:
+    """The ragged convolution on these tiles: ``listed`` where only some outputs are computed, ``whole`` elsewhere.
+
+    Registers are scarcest for float32 (tf32) on Hopper and Blackwell, and little scarcer for bfloat16 on Ampere: every
+    day has all tiles in the one, and each kernel on its largest in the other. Ada's tiles are Ampere's with fewer
+    stages (``every_tile`` is false), and float16 differs from bfloat16 by the suffix of an instruction.
+    """
+    half, brain = numbers == "fp16", numbers == "bf16"
+    for kind, tiles in (("out", listed), ("in", whole)):
+        for tile in tiles[-1:] if half else tiles:
+            yield conv(kind, numbers, tile, daily=(brain and tile == tiles[-1]) or (numbers == "fp32" and every_tile))
+        yield conv(kind, numbers, tiles[-1], side=1, daily=brain and kind == "out")
+        yield conv(kind, numbers, listed[-1], how="scheduled", daily=brain)
+        yield from (conv(kind, numbers, tiles[-1], how=how, daily=brain) for how in ("part", "finish"))
+    yield conv("out", numbers, listed[-1], stride=2, daily=brain)
+    yield conv("dx", numbers, whole[-1], stride=2, daily=brain)
+    yield from (conv(kind, numbers, whole[-1], daily=brain) for kind in ("dense", "packed", "dx"))
+    yield conv("packed", numbers, whole[-1], how="summed", daily=brain)
 
 
 def compile_case(case: Case, arch: int) -> Outcome:
@@ -200,11 +281,12 @@ def compile_case(case: Case, arch: int) -> Outcome:
 
 def judge(case: Case, arch: int, shared: int, spilled: int, matrix: str) -> str:
     """What is wrong with a compiled case, or nothing."""
-    meant = MATRIX[arch][case.rows < ATOM] if case.rows else ""
+    meant = MATRIX[arch][case.rows < GROUPED_ROWS] if case.rows else ""
+    allowed = shared_memory(divmod(arch, 10))
     if spilled:
         return f"spills {spilled} bytes"
-    if shared > SHARED:
-        return f"takes {shared} bytes of shared memory where {SHARED} are allowed"
+    if shared > allowed:
+        return f"takes {shared} bytes of shared memory where {allowed} are allowed"
     if matrix != meant:
         return f"multiplies by {matrix or 'no matrix unit'} where {meant or 'none'} is meant"
     return ""
@@ -220,12 +302,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=list(MATRIX), choices=list(MATRIX))
+    parser.add_argument("--all", action="store_true", help="every kernel on every tile for all numbers")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name it matches")
     parser.add_argument("--table", type=Path, help="also write the table to this file")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
-    chosen = [case for case in cases() if re.search(options.only, case.name)]
-    wanted = [(case.name, arch) for arch in options.arch for case in chosen]
+    wanted = [
+        (case.name, arch)
+        for arch in options.arch
+        for case in cases(chip(arch))
+        if re.search(options.only, case.name) and (options.all or case.daily)
+    ]
     lines, outcomes = [f"Triton {triton.__version__}\n", HEAD], []
     print(*lines, sep="\n", flush=True)
     for outcome in compile_all(wanted, options.jobs):
@@ -253,7 +340,12 @@ def compile_all(wanted: list[tuple[str, int]], jobs: int) -> Iterator[Outcome]:
 def compile_named(wanted: tuple[str, int]) -> Outcome:
     """``compile_case`` for what travels between processes: the name of a case, and a chip."""
     name, arch = wanted
-    return compile_case(next(case for case in cases() if case.name == name), arch)
+    return compile_case(next(case for case in cases(chip(arch)) if case.name == name), arch)
+
+
+def chip(arch: int) -> str:
+    """Whose tiles a chip has."""
+    return family(divmod(arch, 10))
 
 
 if __name__ == "__main__":

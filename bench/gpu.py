@@ -5,6 +5,7 @@ What is measured is written after every case, so that a run that is cut short ha
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,15 +17,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SMALL_BATCHES, GpuBlock
+from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SCHEDULED, SMALL_BATCHES, TUNED, GpuBlock
 from bench.gpu_plot import plots
 from bench.gpu_time import measure
-from bench.gpu_trials import Way, backward_ways, block_ways, ceilings, conv_ways, network_ways
+from bench.gpu_trials import (
+    TunedBlock,
+    Way,
+    backward_ways,
+    block_ways,
+    ceilings,
+    conv_ways,
+    network_ways,
+    schedule_ways,
+)
 from bench.results import Results
 from gatedkernels.reporting.machine import versions
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/ops/test_triton_kernels.py", "tests/ops/test_triton_cuda.py")
+TESTS = tuple(
+    f"tests/ops/test_{name}.py"
+    for name in ("triton_kernels", "triton_schedules", "gate_kernels", "switch_kernels", "triton_cuda")
+)
 
 _AGREEMENT = 0.02  # between two results in bfloat16
 
@@ -108,6 +121,41 @@ def run_convolutions(out: Path, small: bool) -> Iterator[list[Row]]:
         yield [row._replace(note=rate) for row, rate in zip(rows, rates, strict=True)]
 
 
+def run_tuning(out: Path, small: bool) -> Iterator[list[Row]]:
+    """What `gatedkernels.tune` finds for the blocks' convolutions; ``tiles.json`` holds it, for nobody else."""
+    from gatedkernels.store import FOLDER_VARIABLE
+    from gatedkernels.tuning import tune
+
+    before = os.environ.get(FOLDER_VARIABLE)
+    os.environ[FOLDER_VARIABLE] = str(out)
+    try:
+        for case in islice(TUNED, 1 if small else None):
+            chosen = case.small() if small else case
+            try:
+                block = TunedBlock(chosen, device())
+                found = tune(block, block.x)
+            except Exception as error:
+                note = f"{type(error).__name__}: {error}"[:300]
+                yield [Row("tuning", chosen.facts(), "tune", [], note=note)]
+                continue
+            yield [
+                Row("tuning", {"shape": each.key}, str(tuple(each.configuration)), 3 * [each.milliseconds],
+                    each.shipped / each.milliseconds, f"over the shipped one; {each.measured} tried")
+                for each in found
+            ]  # fmt: skip
+    finally:
+        os.environ.pop(FOLDER_VARIABLE) if before is None else os.environ.update({FOLDER_VARIABLE: before})
+        _forget_tiles()
+
+
+def _forget_tiles() -> None:
+    """What was just measured is not to serve the parts that follow."""
+    if importlib.util.find_spec("triton") is not None:
+        from gatedkernels.ops.ragged import launch
+
+        launch.forget()
+
+
 def _blocks(
     part: str, cases: Sequence[GpuBlock], ways: Callable[..., Iterator[Way]], **options: bool
 ) -> Callable[[Path, bool], Iterator[list[Row]]]:
@@ -126,14 +174,18 @@ PARTS: dict[str, Callable[[Path, bool], Iterator[list[Row]]]] = {
     "cudnn": run_convolutions,
     "blocks": _blocks("blocks", BLOCKS, block_ways),
     "small": _blocks("small", SMALL_BATCHES, block_ways),
+    "schedules": _blocks("schedules", SCHEDULED, schedule_ways),
     "backward": _blocks("backward", _EVERY_SHAPE, backward_ways),
     "networks": _blocks("networks", NETWORKS, network_ways),
-    # Minutes of compilation for a shape.
+    # Minutes of compilation.
+    "tuning": run_tuning,
     "compiled": _blocks("compiled", _EVERY_SHAPE, block_ways, compiled=True),
     "compiled-networks": _blocks(
         "compiled-networks", tuple(c for c in NETWORKS if (c.size, c.batch) == (224, 256)), network_ways, compiled=True
     ),
 }
+
+LONG = ("tuning", "compiled", "compiled-networks")
 
 
 def device() -> str:
@@ -176,11 +228,13 @@ def save(out: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser("python -m bench.gpu", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, or all (without the compiled)")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, or all (without {' and '.join(LONG)})"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of results")
     parser.add_argument("--small", action="store_true", help="the first case of each part, tiny: to see that it works")
     options = parser.parse_args(arguments)
-    everything = [name for name in PARTS if not name.startswith("compiled")]
+    everything = [name for name in PARTS if name not in LONG]
     parts = everything if not options.parts or options.parts == ["all"] else options.parts
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:

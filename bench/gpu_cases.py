@@ -82,6 +82,19 @@ BLOCKS = tuple(
 SMALL_BATCHES = tuple(
     GpuBlock(*shape, batch, kept, "independent") for shape, batch, kept in product(SHAPES, (1, 16, 64), (0.3, 1.0))
 )
+# Ways through the tiles, as (splits of the reduction, programs of a multiprocessor that share a list of tiles).
+SCHEDULES = {
+    "ordinary grid": (1, 0),
+    **{f"{parts} splits": (parts, 0) for parts in (2, 4, 8)},
+    **{f"list of tiles, {programs} programs": (1, programs) for programs in (1, 2, 3)},
+}
+SCHEDULED = tuple(
+    GpuBlock(*shape, batch, 0.3, masks)
+    for shape, (batch, masks) in product(
+        SHAPES, ((1, "independent"), (16, "independent"), (256, "independent"), (256, "codebook8"))
+    )
+)
+TUNED = tuple(GpuBlock(*shape, batch, 0.3, "independent") for shape, batch in product(SHAPES, (16, 256)))
 CONVOLUTIONS = tuple(GpuConv(*shape, 256) for shape in SHAPES)
 NETWORKS = tuple(
     GpuNetwork(size, stem, batch, kept, depth=depth)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, conv2d
 
-from bench.gpu_cases import SHARED, GpuBlock, GpuConv, GpuNetwork, draw_masks
+from bench.gpu_cases import SCHEDULES, SHARED, GpuBlock, GpuConv, GpuNetwork, draw_masks
 from bench.gpu_time import Call, sets_for
 from gatedkernels.models import gated_resnet18, gated_resnet50
 from gatedkernels.nn import GatedBasicBlock, GatedBottleneck
@@ -82,6 +82,45 @@ def block_ways(case: GpuBlock, device: str, compiled: bool = False) -> Iterator[
             for x, c in zip(x, coded, strict=True)
         ]
         yield Way("triton, lists of the codebook", False, calls)
+
+
+def schedule_ways(case: GpuBlock, device: str) -> Iterator[Way]:
+    """A block whose convolutions go through their tiles as shipped, and in each of the ways that there are."""
+    from gatedkernels.ops.ragged import gated, launch, measured
+
+    x, masks, block = _block_inputs(case, device)
+    native = block._replace(weight2=block.weight2.contiguous(memory_format=torch.channels_last))
+    yield Way("cudnn", True, [lambda x=x: native.dense(x, x) for x in x])
+    coded = [mask.unique(dim=0, return_inverse=True) for mask in masks] if case.masks == "codebook8" else []
+
+    def run(i: int, schedule: tuple[int, int] | None = None) -> Tensor:
+        if schedule is not None:
+            launch.set_chooser(
+                lambda shape, _: measured.find(shape, x[i].device)._replace(splits=schedule[0], programs=schedule[1])
+            )
+        try:
+            if coded:
+                return gated.coded_block(x[i], *block[:4], *coded[i], x[i], (1, 1))
+            return block.gated(x[i], x[i], masks[i])
+        finally:
+            launch.set_chooser(None)
+
+    yield Way("triton, as shipped", False, [lambda i=i: run(i) for i in range(len(x))])
+    for name, schedule in SCHEDULES.items():
+        yield Way(f"triton, {name}", False, [lambda i=i, s=schedule: run(i, s) for i in range(len(x))])
+
+
+class TunedBlock(torch.nn.Module):
+    """A block with one draw of masks, for `gatedkernels.tune`."""
+
+    def __init__(self, case: GpuBlock, device: str) -> None:
+        super().__init__()
+        inputs, masks, self.block = _block_inputs(case, device)
+        self.x, self.mask = inputs[0], masks[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block on our kernels."""
+        return self.block.gated(x, x, self.mask)
 
 
 def conv_ways(case: GpuConv, device: str) -> Iterator[Way]:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from gatedkernels.inference import optimize
     from gatedkernels.models import gate
     from gatedkernels.reporting.report import report
+    from gatedkernels.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -67,6 +68,7 @@ __all__ = [
     "slice",
     "sliced_conv2d",
     "sliced_linear",
+    "tune",
     "width",
 ]
 
@@ -76,6 +78,7 @@ _LAZY = {
     "gate": "gatedkernels.models",
     "optimize": "gatedkernels.inference",
     "report": "gatedkernels.reporting",
+    "tune": "gatedkernels.tuning",
 }
 
 

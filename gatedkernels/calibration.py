@@ -1,4 +1,4 @@
-"""Measure up to which density the CPU kernels beat the dense way, on this machine."""
+"""Measure up to which density gated kernels beat the dense way, on this machine."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -48,54 +48,104 @@ def cases(channels: Sequence[int] = CHANNELS, pixels: Sequence[int] = PIXELS) ->
 
 def calibrate(
     *,
-    channels: Sequence[int] = CHANNELS,
-    pixels: Sequence[int] = PIXELS,
+    channels: Sequence[int] | None = None,
+    pixels: Sequence[int] | None = None,
     threads: int | None = None,
     seconds: float = 0.2,
+    device: str | torch.device = "cpu",
     progress: Callable[[str], None] | None = None,
 ) -> thresholds.Table:
-    """Measure thresholds of the functional CPU operations, store them, and use them from now on.
+    """Measure thresholds of the functional operations, store them, and use them from now on.
 
-    A threshold is the density of a mask above which ``backend="auto"`` takes PyTorch's dense convolution. Shipped ones
-    come from one machine; these come from yours, for its instruction set, number of threads and versions. Nothing is
-    ever measured but here. They lie in ``thresholds.json``, in the folder that ``GATEDKERNELS_CACHE`` names, else in
+    A threshold is the density of a mask above which ``backend="auto"`` takes PyTorch's dense convolution. Those of CPUs
+    that are shipped come from one machine; these come from yours, for its instruction set, number of threads and
+    versions. For GPUs none are shipped, and "auto" is dense there until they are measured. Nothing is ever measured but
+    here. They lie in ``thresholds.json``, in the folder that ``GATEDKERNELS_CACHE`` names, else in
     ``gatedkernels`` in the user's cache (``XDG_CACHE_HOME``), and are merged with what is there.
 
     Args:
-        channels: Input and output channels of the layers, positive.
-        pixels: Output pixels of a whole batch, positive.
-        threads: Threads to measure with, and to measure for; None: PyTorch's setting.
-        seconds: How long to measure each class, about; there are some two hundred.
+        channels: Input and output channels of the layers, positive; None: 64 to 512.
+        pixels: Output pixels of a whole batch, positive; None: 16 to 16384 on a CPU, 1024 to 262144 on a GPU.
+        threads: Threads to measure with, and to measure for, on a CPU; None: PyTorch's setting.
+        seconds: How long to measure each class, about; there are some two hundred on a CPU, a thousand on a GPU.
+        device: A CPU or a CUDA device: whose kernels.
         progress: Called with a line for each class.
 
     Returns:
         The measured thresholds, by kind of call, class of channels and class of pixels.
 
     Raises:
-        RuntimeError: If the compiled CPU kernels are missing.
+        RuntimeError: If there are no kernels for the device, or no such device.
         OSError: If the folder cannot be written.
         ValueError: If an argument is not positive, or a newer gatedkernels wrote the file.
     """
     for name, values in (("channels", channels), ("pixels", pixels)):
-        if not values or min(values) < 1:
+        if values is not None and (not values or min(values) < 1):
             raise ValueError(f"{name} must hold positive numbers, got {tuple(values)}")
     if not seconds > 0:
         raise ValueError(f"seconds must be positive, got {seconds}")
-    if _extension.CPU_ERROR is not None:
-        raise RuntimeError(f"there are no CPU kernels to calibrate: {_extension.CPU_ERROR}")
+    place = torch.device(device)
+    _check_device(place)
     thresholds.check_writable()
-    table: thresholds.Table = {}
-    with use_threads(threads) as used:
-        for case in cases(channels, pixels):
-            density = min(_measure(case, seconds / _REPEATS) for _ in range(_REPEATS))
-            weight = torch.empty(case.channels, case.channels, case.side, case.side)
-            kind = thresholds.kind(case.kernel, weight, case.channels_last)
-            row = table.setdefault(kind, {}).setdefault(thresholds.channel_class(weight), {})
-            row[thresholds.pixel_class(case.pixels)] = density
-            thresholds.save(table, used)  # what is measured stays, however it ends
-            if progress:
-                progress(f"{kind}, {case.channels} channels, {case.pixels} pixels: {density:.2f}")
+    if place.type == "cuda":
+        table = _calibrate_gpu(place, channels, pixels, seconds, progress)
+    else:
+        with use_threads(threads) as used:
+            table = _calibrate_cpu(used, channels, pixels, seconds, progress)
     policy.forget()
+    return table
+
+
+Progress = Callable[[str], None] | None
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"there is no CUDA device to calibrate, got device {device}")
+        problem = policy.triton_problem(torch.empty(0, device=device))
+        if problem:
+            raise RuntimeError(f"there are no kernels to calibrate on {device}: backend 'triton' {problem}")
+    elif device.type != "cpu":
+        raise ValueError(f"device must be a CPU or a CUDA device, got {device}")
+    elif _extension.CPU_ERROR is not None:
+        raise RuntimeError(f"there are no CPU kernels to calibrate: {_extension.CPU_ERROR}")
+
+
+def _calibrate_cpu(
+    threads: int, channels: Sequence[int] | None, pixels: Sequence[int] | None, seconds: float, progress: Progress
+) -> thresholds.Table:
+    table: thresholds.Table = {}
+    for case in cases(channels or CHANNELS, pixels or PIXELS):
+        density = min(_measure(case, seconds / _REPEATS) for _ in range(_REPEATS))
+        weight = torch.empty(case.channels, case.channels, case.side, case.side)
+        kind = thresholds.kind(case.kernel, weight, case.channels_last)
+        row = table.setdefault(kind, {}).setdefault(thresholds.channel_class(weight), {})
+        row[thresholds.pixel_class(case.pixels)] = density
+        thresholds.save(table, threads)  # what is measured stays, however it ends
+        if progress:
+            progress(f"{kind}, {case.channels} channels, {case.pixels} pixels: {density:.2f}")
+    return table
+
+
+def _calibrate_gpu(
+    device: torch.device,
+    channels: Sequence[int] | None,
+    pixels: Sequence[int] | None,
+    seconds: float,
+    progress: Progress,
+) -> thresholds.Table:
+    from gatedkernels import calibration_gpu  # which builds on this
+
+    table: thresholds.Table = {}
+    for case in calibration_gpu.cases(channels or calibration_gpu.CHANNELS, pixels or calibration_gpu.PIXELS):
+        kind, channel_class, pixel_class = case.classes()
+        density = calibration_gpu.measure(case, seconds, device)
+        row = table.setdefault(kind, {}).setdefault(channel_class, {})
+        row[pixel_class] = min(density, row.get(pixel_class, 1.0))  # two cases of a class: the more careful one
+        thresholds.save(table, thresholds.GPU_THREADS, thresholds.gpu(device))
+        if progress:
+            progress(f"{kind}, {case.channels} channels, {case.pixels} pixels: {density:.2f}")
     return table
 
 

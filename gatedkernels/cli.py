@@ -1,4 +1,4 @@
-"""The ``gatedkernels`` command: demo, train, evaluate, masks, report, calibrate, doctor."""
+"""The ``gatedkernels`` command: demo, train, evaluate, masks, report, calibrate, tune, doctor."""
 
 import inspect
 from collections.abc import Iterator
@@ -244,22 +244,38 @@ def calibrate(
     pixels: Annotated[list[int] | None, typer.Option(min=1, help="Output pixels of a batch, one or several.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to measure with and for.")] = None,
     seconds: Annotated[float, typer.Option(help="Seconds for each of some two hundred classes of calls.")] = 0.2,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Whose kernels; a thousand classes on cuda.")] = "cpu",
 ) -> None:
     """Measure up to which density the gated kernels beat dense ones here, and use that from now on."""
     from gatedkernels import calibration, thresholds
 
     try:
         calibration.calibrate(
-            channels=channels or calibration.CHANNELS,
-            pixels=pixels or calibration.PIXELS,
+            channels=channels,
+            pixels=pixels,
             threads=threads,
             seconds=seconds,
+            device=device,
             progress=typer.echo,
         )
     except (OSError, RuntimeError, ValueError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
     typer.echo(f"Written to {thresholds.path()}")
+
+
+@app.command()
+def tune(
+    run: Run,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes, one or several.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Numbers to compute with.")
+    ] = "float32",
+) -> None:
+    """Measure which tiles a run's network runs fastest with on this GPU, and use them from now on."""
+    from gatedkernels.reporting import command
+
+    command.tune(run, batch_sizes=batch_size or (1, 16), dtype=dtype)
 
 
 @app.command()

@@ -54,8 +54,9 @@ CPU_CONVERTED = {
 _LARGE = 1 << 20
 
 
-# What `gatedkernels.calibrate` measured, by the number of threads; read when it is first asked for.
+# What `gatedkernels.calibrate` measured, by the number of threads, and by GPU; read when it is first asked for.
 _measured: dict[int, thresholds.Table] = {}
+_measured_on: dict[torch.device, thresholds.Table] = {}
 _version = 0
 
 
@@ -68,6 +69,7 @@ def forget() -> None:
     """Read measured thresholds again."""
     global _version
     _measured.clear()
+    _measured_on.clear()
     _version += 1
 
 
@@ -78,6 +80,13 @@ def measured(threads: int) -> thresholds.Table:
     return _measured[threads]
 
 
+def measured_on(device: torch.device) -> thresholds.Table:
+    """The thresholds that were measured on this GPU."""
+    if device not in _measured_on:
+        _measured_on[device] = thresholds.load(thresholds.GPU_THREADS, thresholds.gpu(device))
+    return _measured_on[device]
+
+
 def in_effect() -> dict[str, Any]:
     """The thresholds that decide who serves a call, JSON-able: same thresholds, same bits."""
     threads = torch.get_num_threads()
@@ -85,7 +94,10 @@ def in_effect() -> dict[str, Any]:
         name: [[density, None if math.isinf(most) else most] for most, density in rows]
         for name, rows in CPU_THRESHOLDS.items()
     }
-    return {"threads": threads, "shipped": shipped, "converted": CPU_CONVERTED, "measured": measured(threads)}
+    facts = {"threads": threads, "shipped": shipped, "converted": CPU_CONVERTED, "measured": measured(threads)}
+    if torch.cuda.is_available():
+        facts["gpu"] = measured_on(torch.device("cuda", torch.cuda.current_device()))
+    return facts
 
 
 # Filters, stride, padding, dilation and groups of the convolutions that the CPU kernels serve.
@@ -140,6 +152,8 @@ def choose(
     groups: int,
 ) -> Choice:
     """The backend for this call of a kernel; looks at shapes, strides, dtypes and devices, never at values."""
+    if x.device.type == "cuda":
+        return choose_gpu(kernel, x, weight, stride, padding, dilation, groups)
     if cpu_problem(x, weight, stride, padding, dilation, groups) is not None:
         return Choice("dense", 1.0)
     pixels = output_pixels(x, stride)
@@ -171,6 +185,49 @@ def triton_problem(x: Tensor) -> str | None:
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return "cannot compute in torch.bfloat16 on the CPU: Triton's interpreter multiplies the bits as integers"
     return None
+
+
+# Operations on a GPU that have a side for each density, chosen there by the device; others serve any density or none.
+SWITCHED = ("gated_block", "conv_out")
+
+
+def can_switch(outputs: int) -> bool:
+    """Whether a result of so many channels can have two sides: the dense one writes whole steps of channels."""
+    return outputs % 16 == 0
+
+
+def choose_gpu(
+    kernel: str,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Choice:
+    """The backend for a call on a GPU: Triton's kernels where they were measured to be faster, dense everywhere else.
+
+    A threshold of 1 says that they are faster at any density, and nobody looks at it; one below, that the device
+    compares: see `gatedkernels.ops.ragged.switch`. Nothing is shipped: without a measurement everything is dense.
+    """
+    dense = Choice("dense", 1.0)
+    if torch.compiler.is_compiling() or not all(isinstance(size, int) for size in x.shape):
+        return dense
+    known = (tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups) in _SERVED
+    if not known or triton_problem(x) is not None or not x.is_contiguous(memory_format=torch.channels_last):
+        return dense
+    table = measured_on(x.device)
+    if not table:
+        return dense
+    pixels = output_pixels(x, stride)
+    image = pixels // max(x.shape[0], 1)
+    rounded = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    kind, channels = thresholds.gpu_kind(kernel, weight, rounded, image), thresholds.channel_class(weight)
+    threshold = thresholds.find(table, kind, channels, thresholds.pixel_class(pixels))
+    if threshold is None or threshold <= 0:
+        return dense
+    switches = kernel in SWITCHED and can_switch(weight.shape[0])
+    return Choice("triton", threshold) if threshold >= 1 or switches else dense
 
 
 # The same for linear layers: rows of (tokens of one mask up to which the row holds, part of the work). For one token
@@ -221,7 +278,7 @@ def choose_linear(x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) ->
 
 # With a width for every sample: the fewest output pixels of the batch for which packing the filters, once for all
 # samples, pays; below it PyTorch's convolution serves, for groups of equal width.
-SLICED_LEAST = 512
+SLICED_LEAST = 128
 
 
 def choose_sliced(

@@ -1,19 +1,13 @@
-"""Measured thresholds: a table on disk, by machine, threads and shape class, from density to who serves.
+"""Measured thresholds: a table on disk, by machine or GPU, threads and shape class, from density to who serves.
 
 ``gatedkernels.calibration`` measures and writes it; ``gatedkernels.policy`` reads it once, when it first chooses.
 """
 
-import contextlib
-import json
 import math
-import os
 import platform
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +15,10 @@ import torch
 from torch import Tensor
 
 from gatedkernels import _extension
+from gatedkernels.store import FOLDER_VARIABLE as FOLDER_VARIABLE
+from gatedkernels.store import Store, version
 
 FORMAT = 1
-FOLDER_VARIABLE = "GATEDKERNELS_CACHE"
 
 # Thresholds by kind of call ("conv_out 3x3 float32 channels-last"), and then by class of channels and of pixels.
 Table = dict[str, dict[int, dict[int, float]]]
@@ -31,16 +26,37 @@ Table = dict[str, dict[int, dict[int, float]]]
 
 def path() -> Path:
     """The file: in the folder that GATEDKERNELS_CACHE names, else in the user's cache (XDG_CACHE_HOME)."""
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if folder:
-        return Path(folder) / "thresholds.json"
-    caches = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "gatedkernels" / "thresholds.json"
+    return _STORE.path()
 
 
 def machine() -> str:
     """What a measurement holds for, threads aside: processor, instruction set, and whose kernels were compared."""
-    return f"{cpu_name()}, {_extension.instruction_set()}, torch {torch.__version__}, gatedkernels {_version()}"
+    return f"{cpu_name()}, {_extension.instruction_set()}, torch {torch.__version__}, gatedkernels {version()}"
+
+
+GPU_THREADS = 0  # what measurements on a GPU are kept under
+
+
+@lru_cache
+def gpu(device: torch.device) -> str:
+    """The same for a GPU."""
+    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    versions = f"cuDNN {torch.backends.cudnn.version()}, triton {version('triton')}, torch {torch.__version__}"
+    return f"{name}, sm_{major}{minor}, {versions}, gatedkernels {version()}"
+
+
+def gpu_kind(kernel: str, weight: Tensor, rounded: bool, image: int) -> str:
+    """What is looked up first on a GPU: what is computed, and from how many output pixels of a sample.
+
+    Args:
+        kernel: Whose threshold.
+        weight: Of its filters.
+        rounded: Whether float32 numbers may be rounded to tf32.
+        image: Output pixels of one sample: they say how often a fetched weight is used.
+    """
+    side, dtype = weight.shape[-1], str(weight.dtype).removeprefix("torch.")
+    dtype = "tf32" if rounded and weight.dtype == torch.float32 else dtype
+    return f"{kernel} {side}x{side} {dtype}, images of {pixel_class(image)} pixels"
 
 
 def kind(kernel: str, weight: Tensor, channels_last: bool) -> str:
@@ -66,16 +82,14 @@ def find(table: Table, kind_: str, channels: int, pixels: int) -> float | None:
     return measured[max(below)] if below else None
 
 
-def load(threads: int) -> Table:
-    """The thresholds measured on this machine with so many threads; of a damaged file none, with a warning."""
-    try:
-        content = _read(path())
-    except RuntimeError:  # nobody's home: there is no such file
-        return {}
-    except ValueError as error:
-        warnings.warn(f"{error}; it is ignored, the shipped thresholds serve", RuntimeWarning, stacklevel=2)
-        return {}
-    return _parse(content["machines"].get(machine(), {}).get(str(threads), {}).get("thresholds", {}))
+def load(threads: int, where: str | None = None) -> Table:
+    """The thresholds measured here with so many threads; of a damaged file none, with a warning.
+
+    Args:
+        threads: Of the CPU; ``GPU_THREADS`` for a GPU.
+        where: What they hold for; None: this machine.
+    """
+    return _parse(_STORE.load().get(where or machine(), {}).get(str(threads), {}).get("thresholds", {}))
 
 
 def check_writable() -> Path:
@@ -85,72 +99,35 @@ def check_writable() -> Path:
         OSError: If it cannot; the message names the folder and the variable that chooses another one.
         ValueError: If a newer gatedkernels wrote the file.
     """
-    try:
-        file = path()
-    except RuntimeError as error:
-        raise OSError(f"thresholds have no folder ({error}); set {FOLDER_VARIABLE}") from error
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"thresholds cannot be written to {file.parent} ({error}); set {FOLDER_VARIABLE}") from error
-    with contextlib.suppress(_Damaged):
-        _read(file)
-    return file
+    return _STORE.check_writable()
 
 
-def save(table: Table, threads: int) -> Path:
+def save(table: Table, threads: int, where: str | None = None) -> Path:
     """Merge thresholds into the file; others that are there stay, also those that another process writes meanwhile.
 
-    A damaged file is kept under another name, with a warning.
+    A damaged file is kept under another name, with a warning. Arguments are those of `load`.
 
     Raises:
         OSError: If the folder cannot be written.
         ValueError: If a newer gatedkernels wrote the file.
     """
-    file = check_writable()
-    with _locked(file):
-        try:
-            content = _read(file)
-        except _Damaged as error:
-            aside = file.with_suffix(f".damaged-{datetime.now():%Y%m%dT%H%M%S%f}.json")
-            file.rename(aside)
-            warnings.warn(f"{error}; it was moved to {aside}", RuntimeWarning, stacklevel=2)
-            content = _read(file)
-        entry = content["machines"].setdefault(machine(), {}).setdefault(str(threads), {})
+
+    def merge(machines: dict[str, Any]) -> None:
+        entry = machines.setdefault(where or machine(), {}).setdefault(str(threads), {})
         thresholds = _parse(entry.get("thresholds", {}))
         for kind_, by_channels in table.items():
             for channels, by_pixels in by_channels.items():
                 thresholds.setdefault(kind_, {}).setdefault(channels, {}).update(by_pixels)
         entry["measured"] = f"{datetime.now():%Y-%m-%dT%H:%M:%S}"
         entry["thresholds"] = thresholds
-        _replace(file, json.dumps(content, indent=1, sort_keys=True))
-    return file
+
+    return _STORE.update(merge)
 
 
-class _Damaged(ValueError):
-    """A file that holds no thresholds."""
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {"format": FORMAT, "machines": {}}
-    except (OSError, ValueError) as error:
-        raise _Damaged(f"{file} must hold thresholds as JSON, got {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise _Damaged(f"{file} must hold thresholds, got something else")
-    if content["format"] != FORMAT:
-        raise ValueError(f"{file} must have format {FORMAT}, got {content['format']}: another gatedkernels wrote it")
-    try:
-        for by_threads in content["machines"].values():
-            for entry in by_threads.values():
-                _parse(entry["thresholds"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _Damaged(f"{file} must hold thresholds between 0 and 1, got {error!r}") from error
-    return content
+def _check(machines: dict[str, Any]) -> None:
+    for by_threads in machines.values():
+        for entry in by_threads.values():
+            _parse(entry["thresholds"])
 
 
 def _parse(thresholds: Mapping[str, Any]) -> Table:
@@ -164,27 +141,7 @@ def _parse(thresholds: Mapping[str, Any]) -> Table:
     return table
 
 
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Nobody else writes meanwhile: a lock that ends with its process."""
-    import fcntl  # not everywhere; reading needs none
-
-    with file.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a whole file or none: readers take no lock."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, suffix=".tmp", delete=False) as part:
-        try:
-            part.write(text)
-            part.flush()
-            os.fsync(part.fileno())
-            os.replace(part.name, file)
-        except BaseException:
-            os.unlink(part.name)
-            raise
+_STORE = Store("thresholds", FORMAT, _check, "thresholds between 0 and 1")
 
 
 @lru_cache(maxsize=1)
@@ -196,10 +153,3 @@ def cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def _version() -> str:
-    try:
-        return metadata.version("gatedkernels")
-    except metadata.PackageNotFoundError:
-        return "not installed"

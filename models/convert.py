@@ -8,13 +8,31 @@ from torch import nn
 
 from gatedkernels.models.gated_resnet import GatedResNet, Stem
 from gatedkernels.models.torchvision_weights import load_torchvision
-from gatedkernels.nn import Gate, GatedBasicBlock, GatedBottleneck, gated_flops, kept_fraction
+from gatedkernels.nn import (
+    ChannelGate,
+    CodebookGate,
+    Gate,
+    GatedBasicBlock,
+    GatedBottleneck,
+    gated_flops,
+    kept_fraction,
+)
 
+# The logits of a codebook's masks start with deviation 1 around their centre, which brings the mean of their sigmoids
+# nearer to one half: the centre of a given mean lies so much further out (the probit approximation of a sigmoid).
+_AMONG_MASKS = math.sqrt(1 + math.pi / 8)
 # Gates that start wider open than this would hardly ever see a closed channel.
 _MAX_DENSITY = 0.99
 
 
-def gate(model: nn.Module, *, budget: float = 0.5, group: int = 1, separate_norm: bool = True) -> GatedResNet:
+def gate(
+    model: nn.Module,
+    *,
+    budget: float = 0.5,
+    group: int = 1,
+    separate_norm: bool = True,
+    codebook: int | None = None,
+) -> GatedResNet:
     """Put gates into a torchvision ResNet.
 
     Weights are copied, the model is left untouched, and ``fc`` is kept whatever it is. The new gates' last bias is set
@@ -28,6 +46,7 @@ def gate(model: nn.Module, *, budget: float = 0.5, group: int = 1, separate_norm
         budget: Fraction of the multiply-adds to keep.
         group: Neighbouring channels that share one decision.
         separate_norm: Whether the branches have normalisations of their own.
+        codebook: Masks that each gate has, every sample picking one of them; None: gates decide about every channel.
 
     Returns:
         The gated network, with dtype, device and training mode of ``model``.
@@ -52,6 +71,7 @@ def gate(model: nn.Module, *, budget: float = 0.5, group: int = 1, separate_norm
         group=group,
         separate_norm=separate_norm,
         gate_bias=0.0,
+        codebook=codebook,
     )
     try:
         load_torchvision(gated, model.state_dict())
@@ -114,6 +134,11 @@ def _density(model: GatedResNet, budget: float, size: int) -> float:
 
 
 def _open_gates(model: GatedResNet, density: float) -> None:
-    for name, parameter in model.named_parameters():
-        if name.endswith("conv2.bias"):
-            nn.init.constant_(parameter, math.log(density / (1 - density)))
+    logit = math.log(density / (1 - density))
+    for module in model.modules():
+        if isinstance(module, CodebookGate):
+            with torch.no_grad():
+                module.masks.add_(logit * _AMONG_MASKS)
+        elif isinstance(module, ChannelGate):
+            assert module.conv2.bias is not None
+            nn.init.constant_(module.conv2.bias, logit)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gatedkernels.models._options import check_choice, check_num_classes, start_convolutions
 from gatedkernels.models._registry import register_model
-from gatedkernels.nn import Branch, Gate, GatedBasicBlock, GatedBottleneck, check_branch, gate_key
+from gatedkernels.nn import Branch, Gate, GatedBasicBlock, GatedBottleneck, check_branch, gate_key, run_blocks
 from gatedkernels.nn.packed_trunk import PackedTrunk
 
 Stem = Literal["imagenet", "cifar"]
@@ -34,6 +34,8 @@ class GatedResNet(nn.Module):
         group: Neighbouring channels that share one decision.
         separate_norm: Whether the branches have normalisations of their own.
         gate_bias: Initial value of the gates' last bias; None: they have none.
+        codebook: Masks that each gate has, every sample picking one of them (`CodebookGate`), which suits GPUs; None:
+            gates decide about every channel by itself.
 
     Raises:
         ValueError: If the stem does not exist, a size is out of range, or ``group`` does not divide a width.
@@ -58,6 +60,7 @@ class GatedResNet(nn.Module):
         group: int = 1,
         separate_norm: bool = True,
         gate_bias: float | None = None,
+        codebook: int | None = None,
     ) -> None:
         super().__init__()
         check_choice("stem", stem, Stem)
@@ -75,11 +78,13 @@ class GatedResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         channels = planes
+        options: dict[str, Any] = {
+            "group": group, "separate_norm": separate_norm, "gate_bias": gate_bias, "codebook": codebook
+        }  # fmt: skip
         for i, (stage, depth) in enumerate(zip(_STAGES, layers, strict=True)):
             blocks = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                options: dict[str, Any] = {"group": group, "separate_norm": separate_norm, "gate_bias": gate_bias}
                 blocks.append(block(channels, planes << i, stride, **options))
                 channels = (planes << i) * block.expansion
             self.add_module(stage, nn.Sequential(*blocks))
@@ -127,10 +132,10 @@ class GatedResNet(nn.Module):
             return self.fc(self.trunk(x))
         gates: dict[str, Gate] = {}
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for name, block in self.blocks().items():
-            if branch == "dense" or not (masks or return_gates):
-                x = block(x, branch)
-                continue
+        blocks = self.blocks()
+        if branch == "dense" or not (masks or return_gates):
+            x, blocks = run_blocks(blocks.values(), x, branch), {}
+        for name, block in blocks.items():
             keys = _keys(name, block)
             brought = tuple(masks.get(key) for key in keys)
             if len(keys) == 1:

@@ -90,6 +90,7 @@ class SlimmableMobileNetV2(SlimmableNetwork):
     """
 
     num_features = _LAST
+    features_narrow = False
 
     def __init__(
         self,

@@ -142,6 +142,7 @@ class SlimmableViT(SlimmableNetwork):
         grid = image_size // patch_size
         self.image_size = image_size
         self.num_features = dim
+        self.features_narrow = narrows
         self.patch_embed = _PatchEmbed(dim, patch_size, options)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=1e-6))
         self.pos_embed = nn.Parameter(sincos_position(grid, grid, dim), requires_grad=learned_position)

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import gatedkernels as gk
-from gatedkernels import _extension, calibration, cli, policy, thresholds
+from gatedkernels import _extension, calibration, calibration_gpu, cli, policy, thresholds
 from gatedkernels.reporting import doctor
 
 needs_cpu = pytest.mark.skipif(_extension.CPU_ERROR is not None, reason=str(_extension.CPU_ERROR))
@@ -108,3 +108,57 @@ def test_command_and_doctor(folder: Path):
     result = CliRunner().invoke(cli.app, ["calibrate", "--seconds", "-1"])
     assert result.exit_code == 1
     assert "seconds must be positive" in result.output
+
+
+def times(dense: float, gated: list[float], switched: list[float], other: float | None) -> dict[str, list[float]]:
+    """What a timer of the GPU's calls says, a time for each density."""
+    found = {"dense": [dense], **{f"gated {d}": [t] for d, t in zip((0.25, 0.5, 0.75, 1.0), gated, strict=True)}}
+    if other is not None:
+        found |= {f"switched {d}": [t] for d, t in zip((0.25, 0.5, 0.75), switched, strict=True)}
+        found["other side"] = [other]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gated", "switched", "other", "threshold"),
+    [
+        ([1, 2, 3, 4], [1.5, 2.5, 3.5], 99.0, 1.0),  # faster at any density: nobody looks
+        ([2, 4, 6, 8], [2, 4, 6], 5.1, 0.61),  # 0.98 of the dense time
+        ([2, 4, 6, 8], [2, 4, 6], 5.2, 0.0),  # the dense side costs more than PyTorch's dense way may
+        ([2, 4, 6, 8], [6, 7, 8], 5.0, 0.0),
+        ([2, 4, 6, 8], [], None, 0.0),  # there is no other side
+    ],
+)
+def test_thresholds_of_a_gpu(gated: list[float], switched: list[float], other: float | None, threshold: float):
+    case = calibration_gpu.Case("gated_block", 3, 16, 2, 4, torch.float32)
+
+    def timer(calls: dict, seconds: float) -> dict[str, list[float]]:
+        assert calls.keys() >= times(5, gated, switched, other).keys()
+        return times(5, gated, switched, other)
+
+    assert calibration_gpu.measure(case, 0.1, torch.device("cpu"), timer) == threshold
+
+
+def test_what_cannot_switch_has_one_side():
+    for kernel, channels, sides in (("gated_block", 16, 9), ("gated_block", 20, 5), ("conv_in", 16, 5)):
+        case = calibration_gpu.Case(kernel, 3, channels, 1, 4, torch.float32)
+        assert len(calibration_gpu.calls(case, torch.device("cpu"))) == sides
+
+
+def test_calibrate_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="there is no CUDA device to calibrate, got device cuda"):
+            gk.calibrate(device="cuda")
+    with pytest.raises(ValueError, match="device must be a CPU or a CUDA device, got meta"):
+        gk.calibrate(device="meta")
+    monkeypatch.setattr(calibration, "_check_device", lambda device: None)
+    monkeypatch.setattr(thresholds, "gpu", lambda device: "a GPU")
+    drawn = iter([0.5, 0.4] * 99)
+    monkeypatch.setattr(calibration_gpu, "measure", lambda *_: next(drawn))
+    lines: list[str] = []
+    table = gk.calibrate(device="cuda", channels=(64,), pixels=(256,), progress=lines.append)
+    assert len(lines) == len(calibration_gpu.cases((64,), (256,))) == 5 * 3 * 3  # images of 4, 8 and 16 pixels a side
+    assert thresholds.load(thresholds.GPU_THREADS, "a GPU") == table
+    assert thresholds.load(thresholds.GPU_THREADS) == {}
+    assert "gated_block 3x3 bfloat16, images of 16 pixels" in table
+    assert all(row == {256: pytest.approx(0.45, abs=0.06)} for rows in table.values() for row in rows.values())

@@ -1,5 +1,6 @@
 """What `optimize` promises: the same results, an ordinary module, and clear refusals."""
 
+import contextlib
 import copy
 import io
 
@@ -9,6 +10,7 @@ from torch import nn
 
 import gatedkernels as gk
 from gatedkernels.nn import GatedBasicBlock, GatedBottleneck
+from gatedkernels.nn.packed_blocks import PackedBasicBlock
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -31,6 +33,8 @@ def resnet(**options) -> nn.Module:
 MODULES = {
     "basic": (lambda: lively(GatedBasicBlock(20, 36, stride=2)), (3, 20, 9, 7)),
     "basic group": (lambda: lively(GatedBasicBlock(16, 16, group=8)), (3, 16, 6, 6)),
+    "basic codebook": (lambda: lively(GatedBasicBlock(16, 24, stride=2, group=4, codebook=3)), (7, 16, 6, 6)),
+    "bottleneck codebook": (lambda: lively(GatedBottleneck(24, 12, stride=2, codebook=3)), (5, 24, 7, 5)),
     "basic stride 3": (lambda: lively(GatedBasicBlock(8, 12, stride=3)), (3, 8, 7, 7)),
     "bottleneck": (lambda: lively(GatedBottleneck(24, 12, stride=2)), (3, 24, 7, 5)),
     "convolution": (lambda: lively(gk.GatedConv2d(8, 40, 3, padding=1, activation=nn.ReLU())), (3, 8, 6, 6)),
@@ -41,6 +45,7 @@ MODULES = {
         (3, 8, 6, 6),
     ),
     "resnet18": (resnet, (3, 3, 16, 16)),
+    "resnet18 codebook": (lambda: resnet(codebook=4), (9, 3, 16, 16)),
     "resnet18 imagenet": (
         lambda: lively(gk.models.gated_resnet18(num_classes=None, width=1 / 8, separate_norm=False)),
         (2, 3, 64, 64),
@@ -82,6 +87,20 @@ def test_any_batch_and_size():
         for shape in [(1, 3, 16, 16), (5, 3, 11, 23), (0, 3, 16, 16)]:
             x = torch.randn(shape)
             torch.testing.assert_close(fast(x), model(x), atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("density", [None, 0.3])
+def test_blocks_in_a_row_hand_sums_to_the_next_gate(density: float | None, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, from the definitions of its operators."""
+    fast, x = gk.optimize(resnet(), torch.randn(3, 3, 16, 16)), torch.randn(3, 3, 16, 16)
+    fixed = (lambda: gk.fix_gates(fast, density)) if density else contextlib.nullcontext
+    fast.trunk = None  # which serves CPUs
+    with torch.no_grad(), fixed():
+        expected = fast(x)
+    monkeypatch.setattr(PackedBasicBlock, "chains", lambda self, x, branch: True)
+    monkeypatch.setattr(PackedBasicBlock, "forward", lambda *_: pytest.fail("a block ran by itself"))
+    with torch.no_grad(), fixed():
+        torch.testing.assert_close(fast(x), expected, atol=2e-5, rtol=2e-4)
 
 
 def test_dense_branch():

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 INSTALLED_AS = {"models": "gatedkernels.models", "training": "gatedkernels.training"}
 OURS = {"gatedkernels", "models", "training", "bench", "tests", "<outside>"}
-BASE = {f"gatedkernels.{name}" for name in ("_extension", "_schemas", "thresholds", "policy", "ops")}
+BASE = {f"gatedkernels.{name}" for name in ("_extension", "_schemas", "store", "thresholds", "policy", "ops")}
 
 HEAVY = ["triton", "lightning", "pytorch_lightning", "matplotlib", "torchvision", "sklearn", "onnxruntime", "openvino"]
 
@@ -43,9 +43,12 @@ PUBLIC = {
 MAY_IMPORT: dict[str, set[str]] = {
     "gatedkernels/_schemas.py": set(),
     "gatedkernels/_extension.py": {"gatedkernels._schemas"},
-    "gatedkernels/thresholds.py": {"gatedkernels._extension"},
+    "gatedkernels/store.py": set(),
+    "gatedkernels/thresholds.py": {"gatedkernels._extension", "gatedkernels.store"},
     "gatedkernels/policy.py": {"gatedkernels._extension", "gatedkernels.thresholds"},
-    "gatedkernels/calibration.py": {"gatedkernels.reporting.timing", *BASE},
+    "gatedkernels/calibration.py": {"gatedkernels.calibration_gpu", "gatedkernels.reporting.timing", *BASE},
+    "gatedkernels/calibration_gpu.py": {"gatedkernels.calibration", "gatedkernels.reporting.timing", *BASE},
+    "gatedkernels/tuning.py": {"gatedkernels.reporting.timing", *BASE},
     "gatedkernels/ops": BASE,
     "gatedkernels/nn": {"gatedkernels.nn", "gatedkernels.ops"},
     "gatedkernels/inference.py": {"gatedkernels.nn", *BASE, *PUBLIC},
@@ -58,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Those who put a network and a method together know both.
 ASSEMBLY = {
     "training/recipes.py": {"gatedkernels.models"},
-    "gatedkernels/reporting/command.py": {"gatedkernels.training"},  # a part of cli.py: it reports on a run
+    "gatedkernels/reporting/command.py": {"gatedkernels.training", "gatedkernels.tuning"},  # a part of cli.py
 }
 
 
@@ -100,6 +103,8 @@ def test_imports_point_down(place: str):
         ("gatedkernels/reporting", "from gatedkernels.training import run"),
         ("gatedkernels/policy.py", "from gatedkernels.ops import plan"),
         ("gatedkernels/thresholds.py", "from gatedkernels import policy"),
+        ("gatedkernels/store.py", "from gatedkernels import thresholds"),
+        ("gatedkernels/tuning.py", "from gatedkernels.inference import optimize"),
         ("gatedkernels/calibration.py", "from gatedkernels.reporting import machine"),
         ("gatedkernels/_schemas.py", "import gatedkernels._extension"),
         ("gatedkernels/inference.py", "from .models import gate"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gatedkernels import _extension, policy, thresholds
 
@@ -99,6 +100,60 @@ def test_what_was_measured_comes_before_what_is_shipped(tmp_path: Path, monkeypa
     monkeypatch.undo()
     policy.forget()
     assert choose("conv_out").threshold == before
+
+
+@pytest.fixture
+def measured_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A GPU that is not there, and thresholds that were measured on it."""
+    monkeypatch.setenv(thresholds.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(thresholds, "gpu", lambda device: "a GPU")
+    monkeypatch.setattr(policy.importlib.util, "find_spec", lambda name: object())
+    policy.forget()
+
+    def keep(density: float, kernel: str = "gated_block", dtype: str = "bfloat16", image: int = 256) -> None:
+        table = {f"{kernel} 3x3 {dtype}, images of {image} pixels": {16: {1024: density}}}
+        thresholds.save(table, thresholds.GPU_THREADS, "a GPU")
+        policy.forget()
+
+    yield keep
+    monkeypatch.undo()
+    policy.forget()
+
+
+def choose_on_gpu(kernel: str = "gated_block", channels: int = 16, last: bool = True, **change: Any) -> policy.Choice:
+    with FakeTensorMode():
+        dtype = change.get("dtype", torch.bfloat16)
+        x = torch.empty(change.get("n", 4), channels, 16, 16, dtype=dtype, device="cuda")
+        weight = torch.empty(channels, channels, 3, 3, dtype=dtype, device="cuda")
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        return policy.choose(kernel, x, weight, (1, 1), (1, 1), (1, 1), change.get("groups", 1))
+
+
+def test_a_gpu_is_dense_until_it_is_measured(measured_gpu):
+    assert choose_on_gpu() == DENSE
+    measured_gpu(0.4)
+    assert choose_on_gpu() == policy.Choice("triton", 0.4)
+    assert choose_on_gpu(n=64).backend == "triton"  # the next smaller class that was measured
+    measured_gpu(1.0)
+    assert choose_on_gpu() == policy.Choice("triton", 1.0)
+    measured_gpu(0.0)
+    assert choose_on_gpu() == DENSE
+
+
+@pytest.mark.parametrize(
+    "change", [{"n": 1}, {"dtype": torch.float16}, {"dtype": torch.float64}, {"groups": 2}, {"last": False}], ids=str
+)
+def test_other_calls_on_a_gpu_are_dense(measured_gpu, change: dict[str, Any]):
+    measured_gpu(0.4)
+    assert choose_on_gpu(**change) == DENSE
+
+
+def test_what_has_one_side_serves_any_density_or_none(measured_gpu):
+    for density, expected in ((0.4, DENSE), (1.0, policy.Choice("triton", 1.0))):
+        measured_gpu(density, "conv_in")
+        assert choose_on_gpu("conv_in") == expected
+    measured_gpu(0.4)
+    assert choose_on_gpu(channels=17) == DENSE  # of the same class, but no whole steps
 
 
 def choose_linear(shape: tuple[int, ...], masks: str, by_token: bool = False, **change: Any) -> policy.Choice:

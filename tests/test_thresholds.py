@@ -1,6 +1,7 @@
 """The file of measured thresholds: where it lies, what it survives."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,7 +123,7 @@ def test_a_write_that_fails_leaves_the_file_whole(file: Path, monkeypatch: pytes
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(thresholds.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         thresholds.save({"other": {8: {16: 0.1}}}, 2)
     assert thresholds.load(2) == TABLE

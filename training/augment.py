@@ -56,8 +56,8 @@ def digit_view(size: int, mean: Statistics, std: Statistics) -> Transform:
     return v2.Compose([v2.Resize((size, size), antialias=True), deform, *_normalise(mean, std)])
 
 
-def probe_view(size: int, mean: Statistics, std: Statistics) -> Transform:
-    """Augment an image for the linear probe: a crop of 8 to 100 % of it and a flip, nothing else."""
+def crop_view(size: int, mean: Statistics, std: Statistics) -> Transform:
+    """Augment an image where labels teach, a linear probe or a network: a crop of 8 to 100 % and a flip alone."""
     crop = v2.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *_normalise(mean, std)])
 
@@ -73,7 +73,11 @@ def plain_view(size: int, mean: Statistics, std: Statistics) -> Transform:
     return prepare
 
 
-VIEWS: dict[AugmentationName, Callable[..., Transform]] = {"photos": photo_view, "digits": digit_view}
+VIEWS: dict[AugmentationName, Callable[..., Transform]] = {
+    "photos": photo_view,
+    "digits": digit_view,
+    "crops": crop_view,
+}
 
 
 class Views(Dataset[tuple[Tensor, ...]]):
@@ -99,6 +103,13 @@ class Views(Dataset[tuple[Tensor, ...]]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derived_seed("view", self.seed, epoch, index))
             return tuple(transform(image) for transform in self.transforms)
+
+
+class LabelledViews(Views):
+    """Random views of images, and the images' classes behind them."""
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
+        return *super().__getitem__(key), self.images.labels[key[1]]
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-AugmentationName = Literal["photos", "digits"]
+AugmentationName = Literal["photos", "digits", "crops"]
 DataName = Literal["digits", "cifar10", "imagefolder", "synthetic"]
 Measure = Literal["knn1", "knn1_folds", "linear", "linear_5_labels"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
@@ -15,7 +15,8 @@ Device = Literal["auto", "cpu", "cuda"]
 Stem = Literal["cifar", "imagenet"]
 BaseLoss = Literal["relative", "absolute", "keys", "queue", "similarities"]
 Distillation = Literal["relative", "absolute", "keys", "none"]
-SlimmableName = Literal["resnet18", "resnet34", "resnet50"]
+SlimmableName = Literal["resnet18", "resnet34", "resnet50", "mobilenet_v2", "vit_tiny", "vit_small"]
+Optimizer = Literal["sgd", "adamw"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +29,14 @@ class RunConfig:
     data_dir: Annotated[Path | None, "Folder of the images, for cifar10 and imagefolder."] = None
     limit: Annotated[int | None, "Use only so many images, balanced over the classes."] = None
     image_size: Annotated[int, "Side of the views."] = 32
-    augmentation: Annotated[AugmentationName | None, "Which random views to take; none: those for the images."] = None
+    augmentation: Annotated[
+        AugmentationName | None, "Which random views to take; none: those that fit images and method."
+    ] = None
     blur: Annotated[float, "Probability of a Gaussian blur, with the augmentation for photos."] = 0.0
 
     width: Annotated[float, "Factor on the channels of the whole ResNet, whose stages have 64 to 512 of them."] = 1.0
     stem: Annotated[Stem, "First layers: for small or for large images."] = "cifar"
     stem_padding: Annotated[int, "Padding of the cifar stem."] = 2
-    embedding: Annotated[int, "Width of the embeddings."] = 2048
 
     epochs: Annotated[int, "Length of the run."] = 500
     batch_size: Annotated[int, "Images in a step; the last, smaller batch of an epoch is left out."] = 256
@@ -57,7 +59,7 @@ class RunConfig:
         """
         for name, annotation in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), annotation)
-        self._require_positive("image_size", "width", "embedding", "epochs", "lr")
+        self._require_positive("image_size", "width", "epochs", "lr")
         self._require_not_negative("stem_padding", "warmup_epochs", "weight_decay", "seed", "workers")
         _require("limit", self.limit, self.limit is None or self.limit > 0, "be positive")
         _require("batch_size", self.batch_size, self.batch_size >= 2, "be at least 2")
@@ -119,7 +121,9 @@ class TrainConfig(RunConfig):
 
     recipe: str = "vicreg-dual"
 
+    embedding: Annotated[int, "Width of the embeddings."] = 2048
     gate_group: Annotated[int, "Neighbouring channels that share one decision."] = 1
+    gate_codebook: Annotated[int | None, "Masks of each gate, of which a sample has one; none: any mask."] = None
     gate_bias: Annotated[float | None, "Initial bias of the gates' logits; none: no bias, half of them open."] = None
 
     budget: Annotated[float, "Target of the sparsity loss: the share of the FLOPs to keep."] = 0.3
@@ -135,15 +139,48 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         """Check every value; see `RunConfig`."""
         super().__post_init__()
-        self._require_positive("gate_group", "trust")
+        self._require_positive("embedding", "gate_group", "trust")
         self._require_not_negative("sparsity_weight", "bound_weight", "bound_decay", "gate_warmup_epochs")
         self._require_not_negative("invariance", "variance", "covariance")
+        codebook = self.gate_codebook
+        _require("gate_codebook", codebook, codebook is None or codebook > 0, "be positive")
         _require("budget", self.budget, 0 < self.budget <= 1, "be above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlimmableConfig(RunConfig):
-    """A training run of a slimmable network, or of one at a fixed width; the defaults are US3L for CIFAR.
+    """A training run of a slimmable network, or of one at a fixed width."""
+
+    network: Annotated[SlimmableName, "Which slimmable network; those other than ResNets have width 1."] = "resnet18"
+    patch_size: Annotated[int, "Side of a vision transformer's patches."] = 16
+    passes: Annotated[int, "Widths in an iteration."] = 3
+    least: Annotated[float, "The narrowest width."] = 0.25
+    sandwich: Annotated[bool, "Whether the widest and narrowest are always among them."] = True
+    dynamic_sampling: Annotated[bool, "Whether the range of widths opens in the course of the run."] = True
+    fixed_width: Annotated[float | None, "Train this width alone; none: many."] = None
+
+    stem_padding: Annotated[int, "Padding of the cifar stem."] = 1
+    warmup_epochs: Annotated[int, "Epochs until the base learning rate is reached."] = 0
+
+    def __post_init__(self) -> None:
+        """Check every value; see `RunConfig`."""
+        super().__post_init__()
+        self._require_positive("patch_size")
+        fewest = 2 if self.sandwich else 1
+        _require("passes", self.passes, self.passes >= fewest, f"be at least {fewest}")
+        for name in ("least", "fixed_width"):
+            value = getattr(self, name)
+            _require(name, value, value is None or 0 < value <= 1, "be above 0 and at most 1")
+        if not self.network.startswith("resnet"):
+            _require("width", self.width, self.width == 1, f"be 1 for {self.network}")
+        if self.network.startswith("vit"):
+            divides = self.image_size % self.patch_size == 0
+            _require("patch_size", self.patch_size, divides, f"divide image_size={self.image_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class US3LConfig(SlimmableConfig):
+    """A run without labels; the defaults are US3L for CIFAR.
 
     The cases of US3L's ablation, and the methods it is compared with, are settings of the first few fields.
     """
@@ -163,48 +200,65 @@ class SlimmableConfig(RunConfig):
     predictor: Annotated[bool, "Whether the absolute and keys losses have their predictor."] = True
     base_momentum: Annotated[bool, "Whether the base loss's targets come from the momentum encoder."] = True
     distill_momentum: Annotated[bool, "Whether those of the others do; else from the widest of the iteration."] = True
-    passes: Annotated[int, "Widths in an iteration."] = 3
-    least: Annotated[float, "The narrowest width."] = 0.25
-    sandwich: Annotated[bool, "Whether the widest and narrowest are always among them."] = True
-    dynamic_sampling: Annotated[bool, "Whether the range of widths opens in the course of the run."] = True
     sum_gradients: Annotated[bool, "Whether the gradients of all widths make one step; else each makes its own."] = (
         False
     )
-    fixed_width: Annotated[float | None, "Train this width alone; none: many."] = None
     group_strength: Annotated[float, "How much less each eighth of the channels decays than the one before."] = 0.05
     group_warmup_epochs: Annotated[int, "Epochs in which all channels decay alike."] = 0
     temperature: Annotated[float, "Of the relative losses."] = 0.5
     ema: Annotated[float, "Share of the momentum encoder that is kept in a step."] = 0.99
+    ema_end: Annotated[float | None, "That share at the end, reached along half a cosine; none: always the same."] = (
+        None
+    )
     teacher_run: Annotated[
         Path | None, "Folder of a run whose network is the frozen teacher; none: the momentum encoder."
     ] = None
     teacher_temperature: Annotated[float, "Of a frozen teacher's similarities."] = 1e-4
     queue: Annotated[int, "Earlier targets to keep, where a loss has a queue."] = 2048
-    network: Annotated[SlimmableName, "Which slimmable network."] = "resnet18"
-    hidden: Annotated[int, "Width of the heads' hidden layers."] = 2048
-
-    stem_padding: Annotated[int, "Padding of the cifar stem."] = 1
     embedding: Annotated[int, "Width of the embeddings."] = 256
+    hidden: Annotated[int, "Width of the heads' hidden layers."] = 2048
+    optimizer: Annotated[Optimizer, "SGD with the group penalty, or AdamW, whose decay is its own."] = "sgd"
+
     epochs: Annotated[int, "Length of the run."] = 400
     batch_size: Annotated[int, "Images in a step; the last, smaller batch of an epoch is left out."] = 512
     lr: Annotated[float, "Base learning rate, which falls along half a cosine."] = 0.5
-    warmup_epochs: Annotated[int, "Epochs until the base learning rate is reached."] = 0
 
     def __post_init__(self) -> None:
         """Check every value; see `RunConfig`."""
         super().__post_init__()
-        self._require_positive("temperature", "teacher_temperature", "queue", "hidden")
+        self._require_positive("temperature", "teacher_temperature", "queue", "embedding", "hidden")
         self._require_not_negative("group_warmup_epochs")
-        fewest = 2 if self.sandwich else 1
-        _require("passes", self.passes, self.passes >= fewest, f"be at least {fewest}")
-        for name in ("least", "fixed_width"):
-            value = getattr(self, name)
-            _require(name, value, value is None or 0 < value <= 1, "be above 0 and at most 1")
         _require("ema", self.ema, 0 <= self.ema < 1, "be at least 0 and below 1")
+        _require("ema_end", self.ema_end, self.ema_end is None or 0 <= self.ema_end <= 1, "be at least 0 and at most 1")
         _require("group_strength", self.group_strength, 0 <= self.group_strength < 1 / 7, "be in [0, 1/7)")
+        if self.optimizer == "adamw":
+            _require("group_strength", self.group_strength, self.group_strength == 0, "be 0 with adamw")
 
 
-CONFIGS: tuple[type[RunConfig], ...] = (TrainConfig, SlimmableConfig)
+@dataclass(frozen=True, kw_only=True)
+class USNetConfig(SlimmableConfig):
+    """A run with labels: a universally slimmable network as its authors train MobileNets on ImageNet."""
+
+    recipe: str = "us-net"
+
+    soft_labels: Annotated[bool, "Whether narrow networks learn the widest's answers; else the labels, as it does."] = (
+        True
+    )
+
+    passes: Annotated[int, "Widths in an iteration."] = 4
+    dynamic_sampling: Annotated[bool, "Whether the range of widths opens in the course of the run."] = False
+    epochs: Annotated[int, "Length of the run."] = 250
+    batch_size: Annotated[int, "Images in a step; the last, smaller batch of an epoch is left out."] = 1024
+    lr: Annotated[float, "Base learning rate, which falls along a line."] = 0.5
+    weight_decay: Annotated[float, "Weight decay of convolutions, but depthwise ones, and of linear layers."] = 1e-4
+
+    @property
+    def views(self) -> AugmentationName:
+        """The augmentation that is meant: for photos crops and flips alone."""
+        return self.augmentation or ("digits" if self.data == "digits" else "crops")
+
+
+CONFIGS: tuple[type[RunConfig], ...] = (TrainConfig, US3LConfig, USNetConfig)
 # Every option of every run, by name; those of the same name have the same type.
 OPTIONS = {item.name: item for config in reversed(CONFIGS) for item in fields(config) if item.name != "recipe"}
 

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from gatedkernels.nn import SlimmableLinear
+from gatedkernels.training.config import US3LConfig
 
 
 class Expander(nn.Module):
@@ -33,18 +34,19 @@ class Expander(nn.Module):
 class SlimmableProjector(nn.Module):
     """Three linear layers, batch-normalised and rectified in between; the first reads as many features as there are.
 
-    Only its inputs narrow with the width; everything else serves all widths (US3L, 2023).
+    Only its inputs narrow with the width, where the features do; everything else serves all widths (US3L, 2023).
 
     Args:
         in_features: Width of the backbone's features at full width.
         hidden: Width of the hidden layers.
         out_features: Width of the embeddings.
+        narrows: Whether the features narrow with the width.
     """
 
-    def __init__(self, in_features: int, hidden: int, out_features: int) -> None:
+    def __init__(self, in_features: int, hidden: int, out_features: int, *, narrows: bool = True) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            SlimmableLinear(in_features, hidden, slice_out=False),
+            SlimmableLinear(in_features, hidden, slice_in=narrows, slice_out=False),
             nn.BatchNorm1d(hidden),
             nn.ReLU(),
             nn.Linear(hidden, hidden),
@@ -56,6 +58,12 @@ class SlimmableProjector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map features of the present width to embeddings of shape (N, out_features)."""
         return self.layers(features)
+
+
+def projector(backbone: nn.Module, config: US3LConfig) -> SlimmableProjector:
+    """Build the head that belongs to a slimmable backbone in a run."""
+    features, narrows = int(backbone.num_features), bool(backbone.features_narrow)  # type: ignore[arg-type]
+    return SlimmableProjector(features, config.hidden, config.embedding, narrows=narrows)
 
 
 def two_layers(features: int, hidden: int) -> nn.Sequential:

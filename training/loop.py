@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gatedkernels import policy
-from gatedkernels.training.augment import VIEWS, EpochSampler, Views
-from gatedkernels.training.config import RunConfig
+from gatedkernels.training.augment import VIEWS, EpochSampler, LabelledViews, Views
+from gatedkernels.training.config import RunConfig, USNetConfig
 from gatedkernels.training.data import Data
 from gatedkernels.training.errors import DataError, RunError, TrainingError
 from gatedkernels.training.metrics_log import MetricsLog
@@ -120,7 +120,7 @@ def start_run(folder: RunFolder, config: RunConfig, *, resume: bool) -> RunConfi
 
 
 def view_loader(data: Data, config: RunConfig) -> DataLoader[tuple[Tensor, ...]]:
-    """Load pairs of views, in an order and with augmentations that depend on the seed alone.
+    """Load pairs of views, or views and labels, in an order and with augmentations that depend on the seed alone.
 
     Raises:
         DataError: If there are fewer images than a batch holds.
@@ -129,7 +129,8 @@ def view_loader(data: Data, config: RunConfig) -> DataLoader[tuple[Tensor, ...]]
         raise DataError(f"batch_size must be at most the {len(data.train)} training images, got {config.batch_size}")
     options = {"blur": config.blur} if config.views == "photos" else {}
     view = VIEWS[config.views](config.image_size, data.mean, data.std, **options)
-    views = Views(data.train, (view, view), config.seed)
+    labelled = isinstance(config, USNetConfig)
+    views = LabelledViews(data.train, (view,), config.seed) if labelled else Views(data.train, (view,) * 2, config.seed)
     return DataLoader(
         views,
         batch_size=config.batch_size,
@@ -156,7 +157,7 @@ def train(
 
     Args:
         module: The method; its ``backbone`` is what evaluation will look at.
-        loader: Pairs of views, from :func:`view_loader`.
+        loader: What the method learns from, from :func:`view_loader`.
         config: The run, whose device :func:`check_device` has accepted.
         folder: Where log, weights and checkpoints go.
         resume: Whether to continue after the last checkpoint; a run killed before its first one starts over.

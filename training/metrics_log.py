@@ -12,7 +12,7 @@ from gatedkernels.training.run_folder import write_atomically
 
 COLUMNS = (
     *("epoch", "step", "loss", "vicreg", "invariance", "variance", "covariance"),
-    *("sparsity", "bound", "kept", "narrowest", "width", "deviation", "lr"),
+    *("sparsity", "bound", "kept", "narrowest", "width", "deviation", "accuracy", "lr"),
 )
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from gatedkernels.nn import SlimmableLinear
 from gatedkernels.training.augment import plain_view
-from gatedkernels.training.config import Device, Measure, RunConfig, SlimmableConfig, TrainConfig
+from gatedkernels.training.config import Device, Measure, RunConfig, SlimmableConfig, TrainConfig, USNetConfig
 from gatedkernels.training.data import Data, load_data
 from gatedkernels.training.errors import RunError, TrainingError
 from gatedkernels.training.evaluation import (
@@ -47,11 +48,12 @@ def train_run(config: RunConfig, path: Path, *, resume: bool = False, progress: 
             the loss is no number any more.
     """
     check_device(config)
-    loader = view_loader(load_run_data(config), config)
+    data = load_run_data(config)
+    loader = view_loader(data, config)
     try:
-        method = build_method(config)
+        method = build_method(config, len(data.classes))
     except ValueError as error:
-        names = "width and gate_group" if isinstance(config, TrainConfig) else "width and stem_padding"
+        names = "width and gate_group" if isinstance(config, TrainConfig) else "network, width and stem_padding"
         raise TrainingError(f"{names} must describe a network: {error}") from error
     folder = RunFolder(path)
     with folder.locked():
@@ -116,6 +118,28 @@ def load_slimmable_run(path: Path) -> tuple[SlimmableConfig, SlimmableBackbone]:
     tracking = build_slimmable(config, track_running_stats=True)
     tracking.load_state_dict(backbone.state_dict(), strict=False)  # training kept no statistics
     return config, tracking.eval()
+
+
+def load_classifier(path: Path, backbone: SlimmableBackbone) -> SlimmableLinear:
+    """Load the classifier that a run with labels trained.
+
+    Args:
+        path: Folder of the run.
+        backbone: Its backbone.
+
+    Raises:
+        RunError: If the folder holds no finished epoch, its files are damaged, or no classifier is among them.
+    """
+    from gatedkernels.training.methods.us_net import make_classifier
+
+    folder = RunFolder(path)
+    state = folder.check_checkpoint()["state_dict"]
+    own = {name: state.get(f"classifier.{name}") for name in ("weight", "bias")}
+    if None in own.values() or own["weight"].ndim != 2 or own["weight"].shape[1] != backbone.num_features:
+        raise RunError(f"{folder.checkpoint_file} must hold the classifier of a run with labels, got none that fits")
+    classifier = make_classifier(backbone, len(own["weight"]))
+    classifier.load_state_dict(own)
+    return classifier
 
 
 def load_run_data(config: RunConfig, data_dir: Path | None = None, limit: int | None = None) -> Data:
@@ -213,9 +237,16 @@ def evaluate_slimmable_run(
     data = load_run_data(config, data_dir)
     if config.fixed_width is not None:
         widths = (config.fixed_width,)
-    untrained = build_slimmable(config, track_running_stats=True)
     results = evaluate_widths(
-        backbone, untrained, data, config, widths, measures=measures, batch_size=batch_size, device=_place(device)
+        backbone,
+        build_slimmable(config, track_running_stats=True),
+        data,
+        config,
+        widths,
+        classifier=load_classifier(path, backbone) if isinstance(config, USNetConfig) else None,
+        measures=measures,
+        batch_size=batch_size,
+        device=_place(device),
     )
     return {**describe_run(path, config, data), **results}, backbone
 

@@ -2,6 +2,9 @@
 
 import torch
 
+from gatedkernels.training.config import SlimmableConfig
+from gatedkernels.training.seeds import derived_seed
+
 _QUARTERS = 4
 
 
@@ -65,3 +68,12 @@ def sample_widths(least: float, count: int, generator: torch.Generator, *, sandw
     ends = [1.0, least] if sandwich else []
     drawn = torch.rand(count - len(ends), generator=generator, dtype=torch.float64) * (1 - least) + least
     return sorted([*ends, *drawn.tolist()], reverse=True)
+
+
+def widths_of_step(config: SlimmableConfig, epoch: int, step: int) -> list[float]:
+    """Draw the widths of an iteration of a run, the widest first: a function of seed, epoch and step."""
+    if config.fixed_width is not None:
+        return [config.fixed_width]
+    least = least_width(epoch, config.epochs, config.least) if config.dynamic_sampling else config.least
+    generator = torch.Generator().manual_seed(derived_seed("widths", config.seed, step))
+    return sample_widths(least, config.passes, generator, sandwich=config.sandwich)

@@ -10,6 +10,7 @@ from gatedkernels.nn.gate import ChannelGate, Gate, gate_key
 from gatedkernels.nn.gated_conv import GatedConv2d
 from gatedkernels.nn.gated_linear import GatedLinear
 from gatedkernels.nn.losses import bound_loss, sparsity_loss
+from gatedkernels.nn.packed_blocks import run_blocks
 from gatedkernels.nn.slimmable import Slimmable, SlimmableConv2d, SlimmableLinear, make_divisible
 from gatedkernels.nn.slimmable_blocks import SlimmableBasicBlock, SlimmableBottleneck
 from gatedkernels.nn.slimmable_norm import SlimmableBatchNorm2d, SlimmableLayerNorm, SwitchableBatchNorm2d
@@ -49,6 +50,7 @@ __all__ = [
     "is_slimmable",
     "kept_fraction",
     "make_divisible",
+    "run_blocks",
     "set_width",
     "slice",
     "sparsity_loss",

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from gatedkernels.nn.codebook import CodebookGate, make_gate
 from gatedkernels.nn.costs import ConvCost, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm, is_foldable
 from gatedkernels.nn.gate import ChannelGate, Gate
@@ -102,6 +103,8 @@ class GatedBasicBlock(GatedResidual):
         group: Neighbouring channels that share one decision.
         separate_norm: Whether the branches have normalisations of their own.
         gate_bias: Initial value of the gate's last bias; None: it has none.
+        codebook: Masks that the gate has, each sample picking one (`CodebookGate`); None: it decides about every
+            channel by itself (`ChannelGate`).
 
     Raises:
         ValueError: If a size is not positive or ``group`` does not divide ``out_channels``.
@@ -121,6 +124,7 @@ class GatedBasicBlock(GatedResidual):
         group: int = 1,
         separate_norm: bool = True,
         gate_bias: float | None = None,
+        codebook: int | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, stride, separate_norm)
         self.group = group
@@ -128,7 +132,7 @@ class GatedBasicBlock(GatedResidual):
         self.conv1 = GatedConv2d(in_channels, out_channels, 3, stride, 1, **ungated)
         self.conv2 = GatedConv2d(out_channels, out_channels, 3, 1, 1, **ungated)
         self._add_norms(out_channels, out_channels)
-        self.gate = ChannelGate(in_channels, out_channels, group=group, bias_init=gate_bias)
+        self.gate = make_gate(in_channels, out_channels, group=group, bias_init=gate_bias, codebook=codebook)
 
     def forward(
         self, x: Tensor, branch: Branch = "gated", mask: Tensor | None = None, return_gate: bool = False
@@ -185,6 +189,7 @@ class GatedBottleneck(GatedResidual):
         group: Neighbouring channels that share one decision.
         separate_norm: Whether the branches have normalisations of their own.
         gate_bias: Initial value of the gates' last bias; None: they have none.
+        codebook: Masks that each gate has, as in `GatedBasicBlock`; None: gates decide about every channel.
 
     Raises:
         ValueError: If a size is not positive or ``group`` does not divide ``planes``.
@@ -205,6 +210,7 @@ class GatedBottleneck(GatedResidual):
         group: int = 1,
         separate_norm: bool = True,
         gate_bias: float | None = None,
+        codebook: int | None = None,
     ) -> None:
         out_channels = planes * self.expansion
         super().__init__(in_channels, out_channels, stride, separate_norm)
@@ -214,8 +220,9 @@ class GatedBottleneck(GatedResidual):
         self.conv2 = GatedConv2d(planes, planes, 3, stride, 1, **ungated)
         self.conv3 = GatedConv2d(planes, out_channels, 1, **ungated)
         self._add_norms(planes, planes, out_channels)
-        self.gate1 = ChannelGate(in_channels, planes, group=group, bias_init=gate_bias)
-        self.gate2 = ChannelGate(planes, planes, group=group, bias_init=gate_bias)
+        options: dict[str, Any] = {"group": group, "bias_init": gate_bias, "codebook": codebook}
+        self.gate1 = make_gate(in_channels, planes, **options)
+        self.gate2 = make_gate(planes, planes, **options)
 
     def forward(
         self,
@@ -262,7 +269,7 @@ def _check_no_mask(mask: Any) -> None:
         raise ValueError('mask must be None in branch "dense", got one')
 
 
-def _decide(name: str, gate: ChannelGate, x: Tensor, mask: Tensor | None, channels: int) -> Gate:
+def _decide(name: str, gate: ChannelGate | CodebookGate, x: Tensor, mask: Tensor | None, channels: int) -> Gate:
     return gate(x) if mask is None else Gate.fixed(name, mask, x.shape[0], channels, gate.group)
 
 

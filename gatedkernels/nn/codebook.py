@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gatedkernels.nn.gate import Gate, GateLogits
+from gatedkernels.nn.gate import ChannelGate, Gate, GateLogits
 from gatedkernels.nn.masks import check_group
 from gatedkernels.nn.straight_through import logistic_noise, straight_through
 
@@ -66,6 +66,11 @@ class CodebookGate(GateLogits):
         self.group = group
         self.masks = nn.Parameter(bias_init + torch.randn(masks, out_channels // group))
 
+    @property
+    def codebook(self) -> int:
+        """How many masks there are."""
+        return len(self.masks)
+
     def decide(self, x: Tensor) -> Codes:
         """The table and every sample's row of it, without noise, as in evaluation.
 
@@ -94,4 +99,26 @@ class CodebookGate(GateLogits):
 
     def extra_repr(self) -> str:
         """Say what the parts do not show."""
-        return f"masks={len(self.masks)}, group={self.group}, temperature={self.temperature:.4g}"
+        return f"masks={self.codebook}, group={self.group}, temperature={self.temperature:.4g}"
+
+
+def make_gate(
+    in_channels: int, out_channels: int, *, group: int, bias_init: float | None, codebook: int | None
+) -> ChannelGate | CodebookGate:
+    """Make the gate of a block: every channel by itself, or the masks of a codebook.
+
+    Args:
+        in_channels: Channels of the input that is looked at.
+        out_channels: Channels that are decided about.
+        group: Neighbouring output channels that share one decision.
+        bias_init: As the gates have it; None: `ChannelGate` has no bias, the masks of `CodebookGate` start around 0.
+        codebook: Masks that a sample picks one of; None: `ChannelGate`.
+
+    Raises:
+        ValueError: If a size is not positive or ``group`` does not divide ``out_channels``.
+    """
+    if codebook is None:
+        return ChannelGate(in_channels, out_channels, group=group, bias_init=bias_init)
+    if codebook < 1:
+        raise ValueError(f"codebook must be positive or None, got {codebook}")
+    return CodebookGate(in_channels, out_channels, codebook, group=group, bias_init=bias_init or 0.0)

@@ -13,10 +13,11 @@ from torch.nn.functional import conv2d, pad
 
 from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm
-from gatedkernels.nn.gate import ChannelGate
+from gatedkernels.nn.gate import GateLogits
 from gatedkernels.nn.gated_conv import GatedConv2d
 from gatedkernels.nn.masks import spread
 from gatedkernels.nn.pages import on_large_pages
+from gatedkernels.ops.channel_gate.reference import channel_gate_reference
 from gatedkernels.ops.gated_conv2d.op import gated_conv2d
 from gatedkernels.ops.packed import pack_blocks, unpack_blocks
 
@@ -66,7 +67,7 @@ class Packed(nn.Module):
 
 
 class PackedGate(Packed):
-    """A channel gate, its normalisation folded; returns the mask alone."""
+    """A gate, its normalisation folded; returns the mask alone."""
 
     is_gate = True
     weight1: Tensor
@@ -74,20 +75,29 @@ class PackedGate(Packed):
     weight2: Tensor
     bias2: Tensor
 
-    def __init__(self, gate: ChannelGate) -> None:
+    def __init__(self, gate: GateLogits) -> None:
         super().__init__()
         weight1, bias1 = fold_norm(gate.conv1.weight, gate.conv1.bias, gate.bn)
         weight2, bias2 = gate.conv2.weight.flatten(1), gate.conv2.bias
         self._keep(
-            weight1=weight1.flatten(1),
-            bias1=weight1.new_zeros(len(weight1)) if bias1 is None else bias1,
-            weight2=weight2,
-            bias2=weight2.new_zeros(len(weight2)) if bias2 is None else bias2,
+            weight1=as_computed(weight1.flatten(1)),
+            bias1=as_computed(weight1.new_zeros(len(weight1)) if bias1 is None else bias1),
+            weight2=as_computed(weight2),
+            bias2=as_computed(weight2.new_zeros(len(weight2)) if bias2 is None else bias2),
         )
         self.shapes = ConvShape.of(gate.conv1), ConvShape.of(gate.conv2)
         # What is opened instead of the gate's decision for so many samples; see `fix_gates`.
-        self.fixed: Callable[[int], Tensor] | None = None
+        self.fixed: Callable[[int], Any] | None = None
         self.eval()
+
+    @property
+    def decisions(self) -> int:
+        """How many channels, or groups of them, are decided about."""
+        return len(self.bias2)
+
+    def layers(self) -> list[Tensor]:
+        """Weights and bias of the hidden layer and of the last one."""
+        return list(map(self._buffers.__getitem__, _WEIGHTS))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""
@@ -95,11 +105,8 @@ class PackedGate(Packed):
         return mask if self.fixed is None else self.fixed(len(x))
 
     def _decide(self, x: Tensor) -> Tensor:
-        check_images(x, self.shapes[0].in_channels, self.weight1)
-        if _is_native(x):
-            return _ops.channel_gate(x, *map(self._buffers.__getitem__, _WEIGHTS))
-        hidden = nn.functional.linear(x.mean((2, 3)), self.weight1, self.bias1).relu()
-        return nn.functional.linear(hidden, self.weight2, self.bias2) >= 0
+        check_images(x, self.shapes[0].in_channels, self.weight1, is_computed=True)
+        return _ops.channel_gate(x, *self.layers()) if _is_native(x) else channel_gate_reference(x, *self.layers())
 
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
         """Cost of the gate's layers; see `gatedkernels.nn.flops`."""
@@ -222,7 +229,14 @@ def computed(module: _Module) -> tuple[_Module, torch.dtype | None]:
     return (module, None) if dtype != torch.float16 else (copy.deepcopy(module).float(), dtype)
 
 
-def check_images(x: Tensor, channels: int, weight: Tensor, stored: torch.dtype | None = None) -> None:
+def as_computed(weight: Tensor) -> Tensor:
+    """Weights of gates in the dtype that they are computed in."""
+    return weight.float() if weight.dtype == torch.bfloat16 else weight
+
+
+def check_images(
+    x: Tensor, channels: int, weight: Tensor, stored: torch.dtype | None = None, is_computed: bool = False
+) -> None:
     """Refuse what the kernels would misread; the operators themselves check no more than invariants.
 
     Args:
@@ -230,12 +244,13 @@ def check_images(x: Tensor, channels: int, weight: Tensor, stored: torch.dtype |
         channels: Channels that they should have.
         weight: Weights that they meet.
         stored: Their dtype, if it is not that of the weights.
+        is_computed: Whether the weights went through ``as_computed``.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x must have shape (N, {channels}, H, W), got {tuple(x.shape)}")
-    if x.dtype != (stored or weight.dtype):
+    if x.dtype != (stored or weight.dtype) and not (is_computed and _is_native(x) and weight.dtype in NATIVE):
         raise TypeError(f"x must have the dtype of the optimised module, {stored or weight.dtype}, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x must be on the device of the optimised module, {weight.device}, got {x.device}")

@@ -1,5 +1,6 @@
 """Residual blocks for inference: what `gatedkernels.nn.packed` has, put together."""
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -11,10 +12,12 @@ from gatedkernels.nn.fold import fold_norm
 from gatedkernels.nn.gate import Gate
 from gatedkernels.nn.masks import check_mask
 from gatedkernels.nn.packed import NATIVE, Packed, PackedConv2d, PackedGate, check_images, computed
+from gatedkernels.nn.packed_codebook import PackedCodebookGate, packed_gate
 from gatedkernels.nn.slimmable_blocks import SlimmableBasicBlock, SlimmableBottleneck, SlimmableResidual
 from gatedkernels.ops.gated_block.op import gated_block
 from gatedkernels.ops.gated_conv2d.op import gated_conv2d
 from gatedkernels.ops.packed import (
+    holds_gate,
     pack_blocks,
     pack_rows,
     pack_tile_blocks,
@@ -39,7 +42,7 @@ class PackedResidual(Packed):
         self.gate_names = block.gate_names
         self.shapes = [ConvShape.of(conv) for conv in block.convs()]
         for name in self.gate_names:
-            self.add_module(name, PackedGate(getattr(block, name)) if branch == "gated" else None)
+            self.add_module(name, packed_gate(getattr(block, name)) if branch == "gated" else None)
         self.downsample = None
         if block.downsample is not None:
             conv, norm = block.downsample
@@ -139,10 +142,12 @@ class PackedBasicBlock(PackedResidual):
 
     def is_simple(self) -> bool:
         """Whether the operators that decide and compute in one call serve this block."""
+        return self.group == 1 and not isinstance(self._modules["gate"], PackedCodebookGate) and self._is_plain()
+
+    def _is_plain(self) -> bool:
         downsample = self.downsample
         return (
-            self.group == 1
-            and self.weight1.dtype in NATIVE
+            self.weight1.dtype in NATIVE
             and self.shapes[0].stride in ((1, 1), (2, 2))
             and (downsample is None or (downsample.is_packed and downsample.extra_padding == 0))
         )
@@ -167,13 +172,67 @@ class PackedBasicBlock(PackedResidual):
             gate is not None
             and not _is_heard(gate)
             and (downsample is None or not _is_heard(downsample))
-            and self.is_simple()
+            and (self._is_plain() if self.weight1.is_cuda else self.is_simple())
         )
 
     def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate = self._modules["gate"]
+        if isinstance(gate, PackedCodebookGate):
+            return self._run_coded(x, gate)
         fixed = self.given_mask(x)
         y, decided = _ops.packed_residual(x, *self.parts(), fixed, self.shapes[0].stride[0])
         return y, decided if fixed is None else fixed
+
+    def chains(self, x: Tensor, branch: Branch | None) -> bool:
+        """Whether ``run_chained`` serves images like these: on a GPU, where nobody listens."""
+        gate = self._modules["gate"]
+        return (
+            x.device.type == "cuda"
+            and branch in (None, self.branch)
+            and type(gate) is PackedGate
+            and self._is_one()
+            and not _is_heard(self)
+            and holds_gate(x, gate.layers())
+        )
+
+    def run_chained(self, x: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The result for ``x``, and sums of it for the gate of the next block; see `gatedkernels.ops.packed_sums`."""
+        check_images(x, self.shapes[0].in_channels, self.weight1)
+        gate = cast(PackedGate, self._modules["gate"])
+        fixed = None if gate.fixed is None else gate.fixed(len(x))
+        weights = (self.weight1, self.bias1, self.weight2, self.bias2)
+        shortcut = (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
+        stride = self.shapes[0].stride[0]
+        y, _, left = _ops.packed_residual_summed(x, sums, *gate.layers(), *weights, *shortcut, fixed, stride)
+        return y, left
+
+    def _run_coded(self, x: Tensor, gate: PackedCodebookGate) -> tuple[Tensor, Tensor]:
+        table, codes, lists = gate.table, None, (gate.index, gate.count)
+        if gate.fixed is not None:
+            table, codes = gate.fixed(len(x))
+            lists = _ops.plan(_spread(table, self.group))
+        weights = (self.weight1, self.bias1, self.weight2, self.bias2)
+        shortcut = (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
+        stride = self.shapes[0].stride[0]
+        y, decided = _ops.packed_coded_residual(x, *gate.layers(), *weights, *lists, codes, *shortcut, stride)
+        return y, table[decided if codes is None else codes]
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, branch: Branch | None) -> Tensor:
+    """Run residual blocks one after the other; optimised ones on a GPU hand sums of their results to the next gate.
+
+    Args:
+        blocks: Gated blocks, as they are or optimised.
+        x: Images, shape (N, C, H, W).
+        branch: As the blocks take it.
+    """
+    sums: Tensor | None = None
+    for block in blocks:
+        if isinstance(block, PackedBasicBlock) and block.chains(x, branch):
+            x, sums = block.run_chained(x, sums)
+        else:
+            x, sums = block(x, branch), None
+    return x
 
 
 class PackedBottleneck(PackedResidual):

@@ -44,7 +44,13 @@ def set_width(net: nn.Module, width: float) -> None:
 
 
 class SlimmableNetwork(nn.Module):
-    """A network of slimmable layers."""
+    """A network of slimmable layers.
+
+    Attributes:
+        features_narrow: Whether what comes out before a classifier narrows with the width.
+    """
+
+    features_narrow: bool = True
 
     def set_width(self, width: float) -> None:
         """Set the width of every layer; see `gatedkernels.nn.set_width`."""

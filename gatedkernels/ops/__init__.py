@@ -1,6 +1,8 @@
 """The operations, one folder each."""
 
 from gatedkernels.ops import packed as packed
+from gatedkernels.ops import packed_codes as packed_codes
+from gatedkernels.ops import packed_sums as packed_sums
 from gatedkernels.ops.coded_block import coded_block as coded_block
 from gatedkernels.ops.conv_in import conv_in as conv_in
 from gatedkernels.ops.conv_out import conv_out as conv_out

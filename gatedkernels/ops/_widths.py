@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 Width = int | Tensor | None
+# Some samples of a batch: neighbours as a slice, whose views cost nothing, others by their numbers.
+Samples = slice | Tensor
 
 
 def check_width(name: str, width: Width, channels: int, x: Tensor) -> tuple[int, Tensor | None]:
@@ -32,8 +34,8 @@ def check_width(name: str, width: Width, channels: int, x: Tensor) -> tuple[int,
 
 def equal_widths(
     in_width: Tensor | None, out_width: Tensor | None, samples: int, channels: tuple[int, int]
-) -> Iterator[tuple[Tensor | None, int, int]]:
-    """Groups of samples of equal widths, each with its widths; None for the samples: all of them.
+) -> Iterator[tuple[Samples, int, int]]:
+    """Groups of samples of equal widths, each with its widths.
 
     It looks at the values: for the CPU, where that is free.
     """
@@ -48,16 +50,16 @@ def equal_widths(
     for sample, pair in enumerate(pairs):
         groups.setdefault(pair, []).append(sample)
     for (ins, outs), members in groups.items():
-        yield (None if len(members) == samples else torch.tensor(members)), ins, outs
+        first, last = members[0], members[-1]
+        together = last - first + 1 == len(members)
+        yield (slice(first, last + 1) if together else torch.tensor(members)), ins, outs
 
 
-def take(x: Tensor, samples: Tensor | None, dim: int, width: int) -> Tensor:
+def take(x: Tensor, samples: Samples, dim: int, width: int) -> Tensor:
     """The first ``width`` channels, along ``dim``, of some samples."""
-    x = x.narrow(dim, 0, width)
-    return x if samples is None else x[samples]  # which keeps channels-last images so; index_select does not
+    return x.narrow(dim, 0, width)[samples]  # which keeps channels-last images so; index_select does not
 
 
-def put(y: Tensor, samples: Tensor | None, dim: int, part: Tensor) -> None:
+def put(y: Tensor, samples: Samples, dim: int, part: Tensor) -> None:
     """Write what belongs where ``take`` takes."""
-    y = y.narrow(dim, 0, part.shape[dim])
-    y[slice(None) if samples is None else samples] = part
+    y.narrow(dim, 0, part.shape[dim])[samples] = part

@@ -3,8 +3,8 @@
 Layouts of filters (K, C, S, S): rows, (K, S, S, C), which is the channels-last layout of the same filters; blocks,
 (ceil(K / 32), C, S, S, 32), zeros where K ends; and for a network's first layer (ceil(K / 32), S, S * C, 32). The CPU
 library computes gates, blocks and single convolutions from them in float32 and bfloat16. On CUDA devices
-basic blocks run on the Triton kernels (not yet measured on hardware), everything else on the definitions below, from
-the same tensors; where there is no Triton, and without the CPU library, the definitions serve it all.
+gates and basic blocks run on the Triton kernels (not yet measured on hardware), everything else on the definitions
+below, from the same tensors; where there is no Triton, and without the CPU library, the definitions serve it all.
 
 3 x 3 filters may come a second time, transformed for Winograd's minimal filtering F(2 x 2, 3 x 3) (Lavin and Gray,
 2016, section 4.1), as rows (K, 16 C + 16) and as blocks (ceil(K / 32), 4, C, 4 * 32): the library then computes from
@@ -16,9 +16,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, linear, max_pool2d, pad
+from torch.nn.functional import conv2d, max_pool2d, pad
 
 from gatedkernels import _extension, policy
+from gatedkernels.ops.channel_gate.reference import channel_gate_reference
 from gatedkernels.ops.gated_block.reference import gated_block_reference
 from gatedkernels.ops.gated_conv2d.reference import masked
 
@@ -85,11 +86,6 @@ def pack_tile_blocks(weight: Tensor) -> Tensor:
     return padded.unflatten(0, (-1, BLOCK)).unflatten(3, (4, 4)).permute(0, 3, 2, 4, 1).flatten(3).contiguous()
 
 
-def _channel_gate(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    mean = x.mean((2, 3)).to(weight1.dtype)
-    return linear(linear(mean, weight1, bias1).relu(), weight2, bias2) >= 0
-
-
 def _packed_block(
     x: Tensor,
     weight1: Tensor,
@@ -124,6 +120,11 @@ def _packed_conv2d(
     return y.contiguous(memory_format=torch.channels_last)
 
 
+def spread(mask: Tensor, channels: int) -> Tensor:
+    """A mask (N, channels / group) for every channel."""
+    return mask if mask.shape[1] == channels else mask.repeat_interleave(channels // mask.shape[1], 1)
+
+
 def _packed_residual(
     x: Tensor,
     gate_weight1: Tensor,
@@ -140,15 +141,15 @@ def _packed_residual(
     shortcut_bias: Tensor | None,
     mask: Tensor | None,
     stride: int,
-    conv: Callable[..., Tensor] = _packed_conv2d,
-    block: Callable[..., Tensor] = _packed_block,
 ) -> tuple[Tensor, Tensor]:
-    decided = _channel_gate(x, gate_weight1, gate_bias1, gate_weight2, gate_bias2)
+    decided = channel_gate_reference(x, gate_weight1, gate_bias1, gate_weight2, gate_bias2)
     residual = x
     if shortcut_weight is not None and shortcut_bias is not None:
-        residual = conv(x, shortcut_weight, shortcut_bias, None, None, None, len(shortcut_bias), stride, relu=False)
-    mask = decided if mask is None else mask
-    return block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride), decided
+        residual = _packed_conv2d(
+            x, shortcut_weight, shortcut_bias, None, None, None, len(shortcut_bias), stride, relu=False
+        )
+    opened = spread(decided if mask is None else mask, len(bias1))
+    return _packed_block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, opened, residual, stride), decided
 
 
 def _packed_pool(x: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ def _packed_network(
         if gate[0] is None:
             opened = torch.ones(len(x), len(cast(Tensor, block[0])), dtype=torch.bool, device=x.device)
         else:
-            opened = _channel_gate(x, *cast(Sequence[Tensor], gate))
+            opened = channel_gate_reference(x, *cast(Sequence[Tensor], gate))
         opened = opened if mask is None else mask
         residual = x
         if shortcut[0] is not None and shortcut[1] is not None:
@@ -189,7 +190,7 @@ def _packed_network(
 
 
 DEFINITIONS: dict[str, Callable[..., Any]] = {
-    "channel_gate": _channel_gate,
+    "channel_gate": channel_gate_reference,
     "packed_block": _packed_block,
     "packed_conv2d": _packed_conv2d,
     "packed_network": _packed_network,
@@ -222,23 +223,58 @@ def block_on_gpu(
     return gated.packed_block(x, weight1, bias1, weight2, bias2, mask, residual, (stride, stride))
 
 
-def _shortcut_on_gpu(x: Tensor, weight: Tensor, bias: Tensor, *options: Any, relu: bool) -> Tensor:
-    """A shortcut likewise. Its definition would lay the blocks out anew at each call."""
-    if policy.triton_problem(x) is not None:
-        return DEFINITIONS["packed_conv2d"](x, weight, bias, *options, relu)
+def gate_on_gpu(x: Tensor, *layers: Tensor) -> Tensor:
+    """``channel_gate`` likewise, in one launch."""
+    if not holds_gate(x, layers):
+        return channel_gate_reference(x, *layers)
+    from gatedkernels.ops.channel_gate import launch
+
+    return launch.channel_gate(x, layers, listed=False)[0]
+
+
+def residual_on_gpu(
+    x: Tensor,
+    gate_weight1: Tensor,
+    gate_bias1: Tensor,
+    gate_weight2: Tensor,
+    gate_bias2: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    tiles1: Tensor | None,
+    tiles2: Tensor | None,
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+    mask: Tensor | None,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    """``packed_residual`` likewise: three launches, and one for a shortcut that convolves."""
+    layers = gate_weight1, gate_bias1, gate_weight2, gate_bias2
+    weights, shortcut = (weight1, bias1, weight2, bias2), (shortcut_weight, shortcut_bias)
+    if not holds_gate(x, layers):
+        return _packed_residual(x, *layers, *weights, tiles1, tiles2, *shortcut, mask, stride)
     from gatedkernels.ops.ragged import gated
 
-    return gated.packed_shortcut(x, weight, bias, options[-1])
+    residual = x
+    if shortcut_weight is not None and shortcut_bias is not None:
+        residual = gated.packed_shortcut(x, shortcut_weight, shortcut_bias, stride)
+    given = None if mask is None else spread(mask, len(bias1))
+    return gated.packed_residual(x, layers, *weights, given, residual, (stride, stride))[:2]
 
 
-def residual_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """``packed_residual`` likewise: the gate is PyTorch's."""
-    y, decided = DEFINITIONS["packed_residual"](*arguments, _shortcut_on_gpu, block_on_gpu)
-    return y, decided
+def holds_gate(x: Tensor, layers: Sequence[Tensor]) -> bool:
+    """Whether the Triton kernel serves a gate with these weights and biases, on images like these."""
+    if policy.triton_problem(x) is not None:
+        return False
+    from gatedkernels.ops.channel_gate import configurations
+
+    return max(layers[0].shape[1], len(layers[3])) <= configurations.MOST
 
 
 _ON_GPU: dict[str, Callable[..., Any]] = {
     **DEFINITIONS,
+    "channel_gate": gate_on_gpu,
     "packed_block": block_on_gpu,
     "packed_residual": residual_on_gpu,
 }
@@ -248,7 +284,13 @@ for _name, _definition in DEFINITIONS.items():
         torch.library.impl(f"gatedkernels::{_name}", "CPU", _definition)
 
 
-def _images(x: Tensor, channels: int, stride: int) -> Tensor:
+def refuse_gradients(ctx, *gradients):  # type: ignore[no-untyped-def]
+    """The backward of an operator that has none."""
+    raise RuntimeError("an optimised module has no gradients; differentiate the original")
+
+
+def images_like(x: Tensor, channels: int, stride: int) -> Tensor:
+    """What blocks return, without values."""
     size = ((x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
     return x.new_empty((x.shape[0], channels, *size)).to(memory_format=torch.channels_last)
 
@@ -260,13 +302,13 @@ def _(x, weight1, bias1, weight2, bias2):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("gatedkernels::packed_block")
 def _(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride):  # type: ignore[no-untyped-def]
-    return _images(x, bias2.shape[0], stride)
+    return images_like(x, bias2.shape[0], stride)
 
 
 @torch.library.register_fake("gatedkernels::packed_residual")
 def _(x, *arguments):  # type: ignore[no-untyped-def]
     gate_bias2, bias2, stride = arguments[3], arguments[7], arguments[-1]
-    return _images(x, bias2.shape[0], stride), x.new_empty((x.shape[0], gate_bias2.shape[0]), dtype=torch.bool)
+    return images_like(x, bias2.shape[0], stride), x.new_empty((x.shape[0], gate_bias2.shape[0]), dtype=torch.bool)
 
 
 @torch.library.register_fake("gatedkernels::packed_pool")
@@ -281,7 +323,7 @@ def _(images, stem_weight, stem_bias, stem, parts, masks, strides):  # type: ign
 
 @torch.library.register_fake("gatedkernels::packed_conv2d")
 def _(x, weight, bias, in_mask, out_mask, residual, out_channels, stride, relu):  # type: ignore[no-untyped-def]
-    return _images(x, out_channels, stride)
+    return images_like(x, out_channels, stride)
 
 
 @torch.library.register_fake("gatedkernels::packed_stem")

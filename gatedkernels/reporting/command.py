@@ -17,7 +17,7 @@ from gatedkernels.reporting.report import report as report_layers
 from gatedkernels.reporting.widths import width_costs, width_plot
 
 if TYPE_CHECKING:
-    from gatedkernels.training.config import Device, Measure
+    from gatedkernels.training.config import Device, Measure, TrainConfig
 
 
 def report(run: Path, *, device: str = "cpu", batch_sizes: Sequence[int] = (1, 16)) -> None:
@@ -35,20 +35,14 @@ def report(run: Path, *, device: str = "cpu", batch_sizes: Sequence[int] = (1, 1
             missing, or there are too few test images.
         DataError: If the images cannot be read.
     """
-    from gatedkernels.training.augment import plain_view
     from gatedkernels.training.errors import RunError
-    from gatedkernels.training.run import load_run, load_run_data
+    from gatedkernels.training.run import load_run
     from gatedkernels.training.run_folder import write_atomically, write_json
 
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("device must be available, got 'cuda', and PyTorch finds no CUDA device")
     config, backbone = load_run(run)
-    data = load_run_data(config)
-    most = max(batch_sizes)
-    if len(data.test) < most:
-        raise RunError(f"batch sizes must not exceed the {len(data.test)} test images, got {most}")
-    view = plain_view(config.image_size, data.mean, data.std)
-    images = torch.stack([view(data.test[index]) for index in range(most)]).to(device)
+    images = _test_images(config, max(batch_sizes)).to(device)
     backbone = backbone.to(device)
 
     console = Console()
@@ -126,17 +120,68 @@ def evaluate_widths(
 
 
 def _widths_table(results: dict[str, Any], measures: Sequence[str]) -> Table:
-    """Lay out one row a width, untrained networks in brackets."""
+    """Lay out one row a width, untrained networks in brackets; accuracies of a trained classifier have no such."""
     rows = results["widths"]
     batches = list(rows[0]["ms"])
     pixels = ", ".join(f"{name} {value:.3f}" for name, value in results["accuracy"]["pixels"].items())
     title = f"{results['method']}, {results['epochs']} epochs (in brackets: untrained; raw pixels: {pixels})"
+    measures = [*measures, *(["classifier"] if "classifier" in rows[0]["accuracy"] else [])]
     table = Table("width", "MMACs", "params", *(f"ms, batch {batch}" for batch in batches), *measures, title=title)
     for row in rows:
         times = [f"{row['ms'][batch]['median']:.3f}" for batch in batches]
-        scores = [f"{row['accuracy'][name]:.3f} ({row['random_init'][name]:.3f})" for name in measures]
+        scores = [_score(row, name) for name in measures]
         table.add_row(f"{row['width']:g}", f"{row['macs'] * 1e-6:.2f}", f"{row['params']:,}", *times, *scores)
     return table
+
+
+def _score(row: dict[str, Any], measure: str) -> str:
+    untrained = row["random_init"].get(measure)
+    return f"{row['accuracy'][measure]:.3f}" + ("" if untrained is None else f" ({untrained:.3f})")
+
+
+def tune(run: Path, *, batch_sizes: Sequence[int] = (1, 16), dtype: str = "float32") -> None:
+    """Measure tiles for the Triton convolutions of a trained network on this GPU, print and store them.
+
+    Args:
+        run: Folder of a training run.
+        batch_sizes: To measure for.
+        dtype: Numbers to compute with.
+
+    Raises:
+        RunError: If the folder holds no finished epoch, its files are damaged, the device is missing, there are too few
+            test images, or nothing can be measured or stored.
+        DataError: If the images cannot be read.
+    """
+    from gatedkernels import tuning
+    from gatedkernels.training.errors import RunError
+    from gatedkernels.training.run import load_run
+
+    if not torch.cuda.is_available():
+        raise RunError("tune measures on a CUDA device, and PyTorch finds none")
+    config, backbone = load_run(run)
+    numbers = getattr(torch, dtype)
+    images = _test_images(config, max(batch_sizes)).to("cuda", numbers)
+    fast = optimize(backbone.to("cuda", numbers), images[:1])
+    console = Console()
+    for batch in batch_sizes:
+        try:
+            tuning.tune(fast, images[:batch], progress=console.print)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise RunError(str(error)) from error
+    console.print(f"Written to {tuning.path()}")
+
+
+def _test_images(config: "TrainConfig", number: int) -> torch.Tensor:
+    """The first test images of a run."""
+    from gatedkernels.training.augment import plain_view
+    from gatedkernels.training.errors import RunError
+    from gatedkernels.training.run import load_run_data
+
+    data = load_run_data(config)
+    if len(data.test) < number:
+        raise RunError(f"batch sizes must not exceed the {len(data.test)} test images, got {number}")
+    view = plain_view(config.image_size, data.mean, data.std)
+    return torch.stack([view(data.test[index]) for index in range(number)])
 
 
 def doctor() -> None:

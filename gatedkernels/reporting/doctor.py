@@ -60,6 +60,8 @@ def _measured() -> dict[str, str]:
         facts["problem"] = str(caught[0].message)
     elif not table:
         facts["state"] = f"none for this machine, {threads} threads and these versions: gatedkernels calibrate"
+    if torch.cuda.is_available():
+        table |= policy.measured_on(torch.device("cuda", torch.cuda.current_device()))
     for kind, by_channels in sorted(table.items()):
         facts[kind] = "; ".join(
             f"{channels} channels: {', '.join(f'{row[pixels]:g} ({pixels})' for pixels in sorted(row))}"

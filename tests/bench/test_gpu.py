@@ -9,12 +9,13 @@ import torch
 from bench import gpu, gpu_cases
 from bench.gpu_time import measure
 from bench.gpu_trials import Network, Way
+from gatedkernels import tuning
 
 CASE = gpu_cases.GpuBlock(16, 3, 2, 0.5, "independent", "float32")
 
 
 def test_cases_differ_and_cover_every_shape():
-    for cases in (gpu_cases.BLOCKS, gpu_cases.SMALL_BATCHES, gpu_cases.NETWORKS):
+    for cases in (gpu_cases.BLOCKS, gpu_cases.SMALL_BATCHES, gpu_cases.SCHEDULED, gpu_cases.TUNED, gpu_cases.NETWORKS):
         assert len({str(case) for case in cases}) == len(cases)
     assert {(case.channels, case.size) for case in gpu_cases.BLOCKS} == set(gpu_cases.SHAPES)
     assert gpu_cases.BLOCKS[0].multiply_adds == 2 * 9 * 64 * 64 * 32 * 32 * 256
@@ -69,17 +70,32 @@ def test_a_case_that_cannot_be_made_is_a_row():
 
 
 def test_parts_write_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert gpu.main(["ceilings", "cudnn", "small", "networks", "--small", "--out", str(tmp_path / "new")]) == 0
+    assert (
+        gpu.main(["ceilings", "cudnn", "small", "schedules", "networks", "--small", "--out", str(tmp_path / "new")])
+        == 0
+    )
     content = json.loads((tmp_path / "new" / "results.json").read_text())
     assert {"machine", "versions", "commit", "date", "rows"} == set(content)
     rows = [gpu.Row(**row) for row in content["rows"]]
-    assert {row.part for row in rows} == {"ceilings", "cudnn", "small", "networks"}
+    assert {row.part for row in rows} == {"ceilings", "cudnn", "small", "schedules", "networks"}
     assert all(row.ms for row in rows if not row.way.startswith("triton"))
     assert (tmp_path / "new" / "results.md").read_text() == gpu.table(rows) + "\n"
     assert {path.name for path in (tmp_path / "new").glob("*.png")} == {
-        "small-16-3-2-float32.png", "networks-16-cifar-1-0.125-float32-18.png"
+        "small-16-3-2-float32.png", "schedules-16-3-2-float32.png", "networks-16-cifar-1-0.125-float32-18.png"
     }  # fmt: skip
     assert "written to" in capsys.readouterr().out
+
+
+def test_tuning_is_kept_with_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where it can be measured; here, why it cannot."""
+    monkeypatch.setenv("GATEDKERNELS_CACHE", "elsewhere")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (rows,) = gpu.run_tuning(tmp_path, small=True)
+    assert [row.note for row in rows] == ["RuntimeError: tune measures on a CUDA device, and PyTorch finds none"]
+    assert gpu.os.environ["GATEDKERNELS_CACHE"] == "elsewhere"
+    monkeypatch.setattr(tuning, "tune", lambda model, x: [tuning.Tuned("shape", ((16,), 1, 0), 0.5, 1.0, 9, 0)])
+    (rows,) = gpu.run_tuning(tmp_path, small=True)
+    assert [(row.ms, row.speedup) for row in rows] == [([0.5] * 3, 2.0)]
 
 
 def test_both_depths_run_dense_and_masked():

@@ -51,6 +51,16 @@ def test_gates_start_at_the_budget(block: type, budget: float):
     assert kept_fraction(costs, gates).item() == pytest.approx(budget, abs=1e-4)
 
 
+def test_masks_of_a_codebook_start_at_the_budget():
+    torch.manual_seed(0)
+    gated = gk.gate(cifar(), budget=0.4, codebook=16)
+    channels = gk.gate(cifar(), budget=0.4)
+    expected = channels.layer1[0].gate.conv2.bias.sigmoid().mean().item()
+    opened = torch.cat([block.gate.masks.sigmoid().flatten() for block in gated.blocks().values()]).mean().item()
+    assert opened == pytest.approx(expected, abs=0.02)
+    assert not gated.layer1[0].gate.conv2.bias.any()
+
+
 def test_full_budget_opens_nearly_all():
     gated = gk.gate(cifar(), budget=1.0)
     assert gated.layer1[0].gate.conv2.bias.sigmoid().mean().item() == pytest.approx(0.99)

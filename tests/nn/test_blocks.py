@@ -14,6 +14,7 @@ Block = GatedBasicBlock | GatedBottleneck
 Decide = Callable[[str, Tensor], Tensor]
 
 KINDS = pytest.mark.parametrize("kind", [GatedBasicBlock, GatedBottleneck])
+GATES = pytest.mark.parametrize("codebook", [None, 3], ids=["channels", "codebook"])
 SHAPES = pytest.mark.parametrize(("in_channels", "stride", "group"), [(16, 1, 1), (16, 2, 1), (8, 1, 4), (64, 1, 16)])
 
 
@@ -61,10 +62,13 @@ def expected_shape(block: Block, x: Tensor) -> tuple[int, ...]:
 
 
 @KINDS
+@GATES
 @SHAPES
 @pytest.mark.parametrize("training", [True, False])
-def test_gated_branch_equals_masked_dense(kind: type, in_channels: int, stride: int, group: int, training: bool):
-    block = randomise(kind(in_channels, 16, stride, group=group)).train(training)
+def test_gated_branch_equals_masked_dense(
+    kind: type, codebook: int | None, in_channels: int, stride: int, group: int, training: bool
+):
+    block = randomise(kind(in_channels, 16, stride, group=group, codebook=codebook)).train(training)
     x = torch.randn(4, in_channels, 7, 9, dtype=torch.float64)
     y, gates = block(x, return_gate=True)
     assert y.shape == expected_shape(block, x)
@@ -72,10 +76,11 @@ def test_gated_branch_equals_masked_dense(kind: type, in_channels: int, stride: 
 
 
 @KINDS
+@GATES
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("frozen", [False, True], ids=["batch statistics", "frozen statistics"])
-def test_gradients_equal_the_masked_dense_ones(kind: type, stride: int, frozen: bool):
-    block = randomise(kind(16, 16, stride, group=2)).train()
+def test_gradients_equal_the_masked_dense_ones(kind: type, codebook: int | None, stride: int, frozen: bool):
+    block = randomise(kind(16, 16, stride, group=2, codebook=codebook)).train()
     if frozen:
         for norm in block.norms("gated"):
             norm.eval()
@@ -183,14 +188,16 @@ def test_dense_branch_leaves_gates_alone(kind: type):
 
 
 @KINDS
-def test_empty_batch(kind: type):
-    assert kind(8, 16).eval()(torch.zeros(0, 8, 6, 6)).shape == (0, 16 * kind.expansion, 6, 6)
+@GATES
+def test_empty_batch(kind: type, codebook: int | None):
+    assert kind(8, 16, codebook=codebook).eval()(torch.zeros(0, 8, 6, 6)).shape == (0, 16 * kind.expansion, 6, 6)
 
 
 @KINDS
+@GATES
 @pytest.mark.parametrize("training", [True, False])
-def test_autocast(kind: type, training: bool):
-    block = kind(8, 16).train(training)
+def test_autocast(kind: type, codebook: int | None, training: bool):
+    block = kind(8, 16, codebook=codebook).train(training)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = block(torch.randn(4, 8, 6, 6))
     assert y.dtype == torch.bfloat16
@@ -223,6 +230,8 @@ def test_bad_inputs(kind: type):
         kind(8, 16, 0)
     with pytest.raises(ValueError, match="out_channels must be a positive multiple of group=5, got 16"):
         kind(8, 16, group=5)
+    with pytest.raises(ValueError, match="codebook must be positive or None, got 0"):
+        kind(8, 16, codebook=0)
 
 
 def test_bottleneck_wants_a_pair():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gatedkernels import optimize
 from gatedkernels.nn import Gate, GatedBasicBlock, GatedBottleneck, fix_gates
 
 
@@ -73,6 +74,18 @@ def test_gates_that_return_masks():
         for _ in range(3):
             assert torch.equal(fast.first.gate(X), net(X)[0].mask)
     assert not fast.first.gate(X).any()
+
+
+@pytest.mark.parametrize("density", [0, 0.3, 1])
+def test_gates_of_a_codebook_have_as_many_masks_as_theirs(density: float):
+    block, x = GatedBasicBlock(8, 16, group=2, codebook=3).eval(), torch.randn(40, 8, 5, 5)
+    fast = optimize(block, x)
+    with fix_gates(block, density), fix_gates(fast, density):
+        for _ in range(2):
+            mask = block(x, return_gate=True)[1].mask
+            assert mask.sum(1).tolist() == [round(density * 8)] * 40
+            assert len(mask.unique(dim=0)) == (3 if density == 0.3 else 1)
+            assert torch.equal(fast(x, return_gate=True)[1].mask, mask)
 
 
 def test_density_by_gate():

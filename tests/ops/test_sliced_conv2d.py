@@ -13,6 +13,7 @@ from torch.nn.functional import conv2d
 
 import gatedkernels as gk
 from gatedkernels import _extension
+from gatedkernels.ops._widths import equal_widths, put, take
 from gatedkernels.ops.gated_conv2d.reference import gated_conv2d_reference
 from gatedkernels.ops.sliced_conv2d import op
 from gatedkernels.ops.sliced_conv2d.reference import prefix
@@ -350,3 +351,29 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str):
     arguments = {"x": X, "weight": WEIGHT, "bias": BIAS, **change}
     with pytest.raises(error, match=message):
         gk.sliced_conv2d(**arguments)
+
+
+@needs_cpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_width_is_a_plan_without_a_list(shape: Sequence[int], images):
+    """One mechanism: the gated convolution of a mask that is a prefix has a list, and the same bits."""
+    n, c, k, h, w, side, stride = shape
+    x, (weight, bias) = images((n, c, h, w), "channels_last"), make_weights(k, c, side, side)
+    options = {"stride": stride, "padding": side // 2, "backend": "cpu"}
+    width = widths(n, c)
+    sliced = gk.sliced_conv2d(x, weight, bias, width, **options)
+    gated = gk.gated_conv2d(x, weight, bias, prefix(width, c), **options)
+    assert torch.equal(sliced, gated)
+
+
+def test_neighbours_of_equal_width_are_views():
+    x = torch.randn(6, 4, 2, 2)
+    found = list(equal_widths(torch.tensor([2, 2, 4, 1, 4, 1]), None, 6, (4, 3)))
+    assert [(ins, outs) for _, ins, outs in found] == [(2, 3), (4, 3), (1, 3)]
+    assert found[0][0] == slice(0, 2) and found[1][0].tolist() == [2, 4] and found[2][0].tolist() == [3, 5]
+    assert take(x, found[0][0], 1, 2).data_ptr() == x.data_ptr()
+    for samples, ins, _ in found:
+        part = take(x, samples, 1, ins)
+        y = torch.zeros_like(x)
+        put(y, samples, 1, part)
+        assert y.count_nonzero() == part.numel() and torch.equal(take(y, samples, 1, ins), part)

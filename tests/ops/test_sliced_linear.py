@@ -248,7 +248,7 @@ WIDTH = torch.tensor([1, 2])
         ({"out_width": WIDTH.float()}, TypeError, r"out_width must have dtype torch\.int32 or torch\.int64, got .*32"),
         ({"in_width": WIDTH[:1]}, ValueError, r"in_width must have shape \(2,\), one for every sample, got \(1,\)"),
         ({"in_width": WIDTH.to("meta")}, ValueError, "in_width must be on the device of x, cpu, got meta"),
-        ({"backend": "triton"}, ValueError, "backend must be one of auto, .* for this operation, got 'triton'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, .* for this operation, got 'cuda'"),
     ],
 )
 def test_errors(change: dict[str, Any], error: type[Exception], message: str):

@@ -13,17 +13,22 @@ from gatedkernels import policy
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+INTERPRETED_FILES = [
+    f"test_{name}.py"
+    for name in ("triton_kernels", "triton_schedules", "gate_kernels", "switch_kernels", "sliced_kernels")
+]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.mark.skipif(INTERPRETED, reason="test_triton_kernels.py runs in this process")
-def test_the_kernels_interpreted():
+@pytest.mark.skipif(INTERPRETED, reason="they run in this process")
+@pytest.mark.parametrize("file", INTERPRETED_FILES)
+def test_the_kernels_interpreted(file: str):
     """Triton reads TRITON_INTERPRET when it is imported: a process of its own."""
     triton = pytest.importorskip("triton")
     if triton.__version__.startswith("3.6."):
         pytest.skip("the interpreter of Triton 3.6 does not run on NumPy 2.4")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "test_triton_kernels.py"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / file],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
@@ -42,6 +47,8 @@ def test_tensors_on_the_cpu_are_refused():
         lambda: gk.gated_conv2d(x, weight, None, mask, padding=1, backend="triton"),
         lambda: gk.gated_block(x, weight, None, weight, None, mask, backend="triton"),
         lambda: gk.gated_linear(x[:, :, 0, 0], weight[:, :, 0, 0], None, mask, backend="triton"),
+        lambda: gk.sliced_conv2d(x, weight, None, 2, padding=1, backend="triton"),
+        lambda: gk.sliced_linear(x[:, :, 0, 0], weight[:, :, 0, 0], None, 2, backend="triton"),
         lambda: gk.conv_out(x, weight, None, *plan, padding=1, backend="triton"),
         lambda: gk.conv_in(x, weight, None, *plan, padding=1, backend="triton"),
     ):

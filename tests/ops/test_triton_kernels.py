@@ -219,10 +219,11 @@ def test_widths_need_no_list(shared: int):
 @pytest.mark.parametrize("pixels", [4, 30])
 @pytest.mark.parametrize("shared", [1, 3])
 @pytest.mark.parametrize("packed", [True, False])
-def test_every_element_is_written_once(packed: bool, shared: int, pixels: int):
+@pytest.mark.parametrize(("splits", "programs"), [(1, 0), (1, 1), (2, 0)])
+def test_every_element_is_written_once(splits: int, programs: int, packed: bool, shared: int, pixels: int):
     """With y as its own residual, zeros for weights and ones for biases, an element counts how often it is written."""
     from gatedkernels.ops.ragged import launch
-    from gatedkernels.ops.ragged.configurations import Tile
+    from gatedkernels.ops.ragged.configurations import Configuration, Tile
 
     n, k, untouched = 4, 70, 7.0
     for density in (0.0, 0.3, 1.0):
@@ -235,7 +236,7 @@ def test_every_element_is_written_once(packed: bool, shared: int, pixels: int):
         y = memory if packed else torch.zeros(n, pixels, k, device=DEVICE).mT[..., None]
         launch.convolve(
             x, weight, bias, y, outs=lists, residual=y, packed_out=packed, shared=shared,
-            configuration=Tile(16, 32, 16, 4, 2),
+            configuration=Configuration(Tile(16, 32, 16, 4, 2), splits, programs),
         )  # fmt: skip
         if packed:
             step = listed.logical_or(torch.arange(room.shape[2], device=DEVICE) < _up(lists.counts, shared)[:n, None])
@@ -329,6 +330,23 @@ def test_similar_samples_share_lists(density: float, shared: int):
         torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
 
 
+def test_the_operator_of_similar_samples():
+    n, c = 7, 20
+    mask = draw(2, c, 0.4)[torch.arange(n, device=DEVICE) % 2] ^ draw(n, c, 0.05)
+    tensors = randn(n, c, 3, 4), randn(c, c, 3, 3), randn(c), randn(c, c, 3, 3), randn(c)
+    for stride in (1, 2):
+        options = {"residual": tensors[0] if stride == 1 else None, "stride": stride}
+        y = gk.gated_block(*tensors, mask, shared=4, backend="triton", **options)
+        exact = gk.gated_block(*tensors, mask, shared=4, backend="reference", **options)
+        torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+        assert y.stride() == exact.stride()
+    arguments = (*tensors, mask, None, (2, 2), 4)
+    torch.library.opcheck(torch.ops.gatedkernels.shared_block.default, arguments)
+    recorded = tensors[1].clone().requires_grad_()
+    gk.gated_block(tensors[0], recorded, *tensors[2:], mask, shared=4, backend="triton").sum().backward()
+    assert recorded.grad.any()
+
+
 def test_the_order_brings_equal_masks_together():
     from gatedkernels.ops.ragged.groups import similar_groups
 
@@ -344,9 +362,14 @@ def test_the_order_brings_equal_masks_together():
 def test_groups_of_equal_codes(samples: int, count: int, shared: int):
     """Every sample has one place, in a group of its own code."""
     from gatedkernels.ops.ragged.groups import equal_groups
+    from gatedkernels.ops.ragged.groups_reference import equal_groups_reference
 
     codes = torch.randint(count, (samples,), device=DEVICE)
     order, lists = equal_groups(codes, count, shared)
+    for own, exact in zip((order, lists), equal_groups_reference(codes, count, shared), strict=True):
+        assert torch.equal(own, exact)
+    strange = equal_groups(codes - 3 * count, count, shared)  # no code of the table: its remainder
+    assert all(torch.equal(*pair) for pair in zip(strange, (order, lists), strict=True))
     assert len(order) == len(lists) * shared
     assert len(lists) == samples // shared + min(count, samples)
     filled = order < samples

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gatedkernels.training.augment import EpochSampler, Views, digit_view, photo_view, plain_view, probe_view
+from gatedkernels.training.augment import EpochSampler, Views, crop_view, digit_view, photo_view, plain_view
 from gatedkernels.training.data import load_data
 
 STATISTICS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -12,7 +12,7 @@ TRANSFORMS = {
     "photos": photo_view(32, *STATISTICS),
     "blurred": photo_view(32, *STATISTICS, blur=1.0),
     "digits": digit_view(32, *STATISTICS),
-    "probe": probe_view(32, *STATISTICS),
+    "probe": crop_view(32, *STATISTICS),
     "plain": plain_view(32, *STATISTICS),
 }
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gatedkernels.training.width_sampling import least_width, sample_widths
+from gatedkernels.training.config import US3LConfig
+from gatedkernels.training.width_sampling import least_width, sample_widths, widths_of_step
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,12 @@ def test_errors():
         sample_widths(2, 3, generator)
     with pytest.raises(ValueError, match="count must be at least 2, got 1"):
         sample_widths(0.5, 1, generator)
+
+
+def test_widths_of_a_run():
+    config = US3LConfig(epochs=8)
+    assert widths_of_step(config, 0, 0) == [1.0]
+    assert [widths_of_step(config, epoch, 5)[-1] for epoch in (2, 4, 6)] == pytest.approx([0.75, 0.5, 0.25])
+    assert widths_of_step(config, 6, 5) == widths_of_step(config, 6, 5) != widths_of_step(config, 6, 6)
+    assert len(widths_of_step(US3LConfig(dynamic_sampling=False, passes=4), 0, 0)) == 4
+    assert widths_of_step(US3LConfig(fixed_width=0.5), 0, 0) == [0.5]

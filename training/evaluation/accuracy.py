@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gatedkernels.nn import ConvCost
-from gatedkernels.training.augment import Views, plain_view, probe_view
+from gatedkernels.training.augment import Views, crop_view, plain_view
 from gatedkernels.training.config import Measure, TrainConfig
 from gatedkernels.training.data import Data
 from gatedkernels.training.evaluation.features import Features, extract, pixel_features
@@ -110,7 +110,7 @@ def augmented_linear_accuracy(
     This passes all training images through the frozen backbone a hundred times.
     """
     plain = plain_view(config.image_size, data.mean, data.std)
-    views = Views(data.train, (probe_view(config.image_size, data.mean, data.std),), config.seed)
+    views = Views(data.train, (crop_view(config.image_size, data.mean, data.std),), config.seed)
 
     def epoch_features(epoch: int) -> torch.Tensor:
         images = _Epoch(views, epoch)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatedkernels.nn import set_width
-from gatedkernels.training.config import SlimmableConfig
+from gatedkernels.training.config import US3LConfig
 from gatedkernels.training.contrastive import (
     deviation,
     info_nce,
@@ -20,10 +20,9 @@ from gatedkernels.training.contrastive import (
     similarity_distillation,
 )
 from gatedkernels.training.group_penalty import group_penalty, ramped
-from gatedkernels.training.heads import SlimmableProjector, two_layers
-from gatedkernels.training.schedules import warmup_cosine
-from gatedkernels.training.seeds import derived_seed
-from gatedkernels.training.width_sampling import least_width, sample_widths
+from gatedkernels.training.heads import projector, two_layers
+from gatedkernels.training.schedules import cosine_between, warmup_cosine
+from gatedkernels.training.width_sampling import widths_of_step
 
 # Losses of which a predictor of the network's own side is part.
 _WITH_PREDICTOR = ("absolute", "keys")
@@ -44,22 +43,23 @@ class US3L(pl.LightningModule):
     (the steps, the targets and the penalty are those of the authors' code).
 
     Args:
-        backbone: A slimmable network; ``backbone(x)`` has ``num_features`` features at full width. Its normalisations
-            should use batch statistics, as with ``track_running_stats=False``.
+        backbone: A slimmable network; ``backbone(x)`` has ``num_features`` features at full width, and fewer at others
+            if ``features_narrow``. Its batch normalisations should use batch statistics, as with
+            ``track_running_stats=False``.
         config: The run.
         teacher: Backbone and head that stay as they are and take the momentum encoder's place, as in SEED; their
             normalisations use batch statistics too. Its embeddings are as wide as ``config.embedding``.
     """
 
     def __init__(
-        self, backbone: nn.Module, config: SlimmableConfig, teacher: tuple[nn.Module, nn.Module] | None = None
+        self, backbone: nn.Module, config: US3LConfig, teacher: tuple[nn.Module, nn.Module] | None = None
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config = config
         self.backbone = backbone
         size = config.embedding
-        self.head = SlimmableProjector(int(backbone.num_features), config.hidden, size)  # type: ignore[arg-type]
+        self.head = projector(backbone, config)
         predicts = config.predictor and config.base in _WITH_PREDICTOR
         self.predictor = two_layers(size, config.hidden) if predicts else nn.Identity()
         # Where a predictor stands before the base loss, the narrow networks use it too, or one of their own.
@@ -74,10 +74,13 @@ class US3L(pl.LightningModule):
         if config.base in _WITH_QUEUE:
             self.register_buffer("queue", F.normalize(torch.randn(config.queue, size), dim=1))
 
-    def configure_optimizers(self) -> torch.optim.SGD:
-        """Make SGD without weight decay: `group_penalty` takes its place."""
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Make SGD without weight decay, for `group_penalty` takes its place, or AdamW."""
+        config = self.config
         learns = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return torch.optim.SGD(learns, self.config.lr, momentum=self.config.momentum)
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(learns, config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(learns, config.lr, momentum=config.momentum)
 
     def on_train_epoch_start(self) -> None:
         """Set the learning rate of the epoch."""
@@ -89,21 +92,12 @@ class US3L(pl.LightningModule):
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Take the steps of all widths on two views of the same images."""
         views = [view.to(memory_format=torch.channels_last) for view in batch[:2]]
-        widths = self.widths(self.current_epoch, self.global_step)
+        widths = widths_of_step(self.config, self.current_epoch, self.global_step)
         losses, spread = self.iterate(views, widths, self.current_epoch)
         self.log("loss", losses[0], prog_bar=True)
         self.log_dict({"narrowest": losses[-1], "width": widths[-1], "deviation": spread})
         self.log("lr", self._optimizer().param_groups[0]["lr"])
         return {"loss": torch.stack(losses).mean()}
-
-    def widths(self, epoch: int, step: int) -> list[float]:
-        """Draw the widths of an iteration, the base first: a function of seed, epoch and step."""
-        config = self.config
-        if config.fixed_width is not None:
-            return [config.fixed_width]
-        least = least_width(epoch, config.epochs, config.least) if config.dynamic_sampling else config.least
-        generator = torch.Generator().manual_seed(derived_seed("widths", config.seed, step))
-        return sample_widths(least, config.passes, generator, sandwich=config.sandwich)
 
     def iterate(self, views: Sequence[Tensor], widths: Sequence[float], epoch: int) -> tuple[list[Tensor], Tensor]:
         """Take the steps of all widths.
@@ -116,7 +110,7 @@ class US3L(pl.LightningModule):
         Returns:
             The losses of all widths, the base first, and the `deviation` of the base's embeddings.
         """
-        self._follow()
+        self._follow(epoch)
         taught = self._teach(views)
         base: list[Tensor] = []
         losses = []
@@ -171,6 +165,8 @@ class US3L(pl.LightningModule):
 
     def _penalty(self, epoch: int, *, with_auxiliary: bool) -> Tensor:
         config = self.config
+        if config.optimizer == "adamw":
+            return torch.zeros((), device=self.device)
         strength = ramped(epoch, config.epochs, config.group_strength, config.group_warmup_epochs)
         modules: list[nn.Module] = [self.backbone, self.head, self.predictor]
         if with_auxiliary and config.auxiliary_head:
@@ -187,13 +183,17 @@ class US3L(pl.LightningModule):
         return [head(backbone(view)) for view in views]
 
     @torch.no_grad()
-    def _follow(self) -> None:
+    def _follow(self, epoch: int) -> None:
         """Move the momentum encoder towards the network."""
         if self.teacher is None or self.teacher_is_frozen:
             return
+        config = self.config
+        kept = config.ema
+        if config.ema_end is not None:
+            kept = cosine_between(config.ema, config.ema_end, epoch, config.epochs)
         online = [*self.backbone.parameters(), *self.head.parameters()]
         for mean, parameter in zip(self.teacher.parameters(), online, strict=True):
-            mean.lerp_(parameter, 1 - self.config.ema)
+            mean.lerp_(parameter, 1 - kept)
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:

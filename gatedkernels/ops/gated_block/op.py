@@ -13,7 +13,8 @@ from gatedkernels.ops._arguments import in_best_layout
 from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require
 from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._select import select_
-from gatedkernels.ops.gated_block import training as _training  # noqa: F401  (registers its operators)
+from gatedkernels.ops.gated_block import device as _device  # noqa: F401  (registers its operators)
+from gatedkernels.ops.gated_block import training as _training  # noqa: F401  (likewise)
 from gatedkernels.ops.gated_block.reference import gated_block_reference
 
 _run_cpu = torch.ops.gatedkernels.gated_block_cpu.default
@@ -156,6 +157,7 @@ def gated_block(
     residual: Tensor | None = None,
     stride: int | tuple[int, int] = 1,
     group: int = 1,
+    shared: int = 1,
     backend: Backend = "auto",
 ) -> Tensor:
     """Compute a gated basic block, batch normalisation folded into filters and biases.
@@ -173,6 +175,9 @@ def gated_block(
         residual: Added before the last ReLU, shape (N, K, H', W'), or None.
         stride: Of the first convolution.
         group: Granularity of the mask.
+        shared: So many samples, ordered by the similarity of their masks, share what is fetched and compute the union
+            of what they open, which pays for small images whose masks are alike. A matter of time alone, and of
+            backend "triton" without gradients; the others take no notice.
         backend: "reference", "dense", "cpu", "triton", or "auto": the policy's choice.
 
     Returns:
@@ -180,10 +185,12 @@ def gated_block(
         else contiguous.
 
     Raises:
-        ValueError: If shapes or devices disagree, or the backend cannot serve this call.
+        ValueError: If shapes or devices disagree, ``shared`` is not positive, or the backend cannot serve this call.
         TypeError: If dtypes disagree, or the mask is not bool.
     """
     arguments.refuse_tangents(x, weight1, bias1, weight2, bias2, residual)
+    if shared < 1:
+        raise ValueError(f"shared must be positive, got {shared}")
     given = x, weight1, bias1, weight2, bias2, mask, residual
     options = stride, group, backend
     y = _KNOWN.run(given, options)
@@ -198,7 +205,11 @@ def gated_block(
     else:
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
-    if served == "cpu" and arguments.recorded(x, weight1, bias1, weight2, bias2, residual):
+    recorded = arguments.recorded(x, weight1, bias1, weight2, bias2, residual)
+    stuck = threshold < 1 and not policy.can_switch(weight2.shape[0])
+    if served == "triton" and backend == "auto" and (recorded or stuck):  # measured without the backward
+        served = "dense"
+    if served == "cpu" and recorded:
         if backend == "auto":
             threshold = policy.choose("gated_block_training", x, weight1, strides, (1, 1), (1, 1), 1).threshold
         y, _ = torch.ops.gatedkernels.gated_block_kept.default(
@@ -210,6 +221,9 @@ def gated_block(
         if group == 1:
             _KNOWN.note(given, options, strides[0], threshold)
         return y
-    return torch.ops.gatedkernels.gated_block.default(
-        x, weight1, bias1, weight2, bias2, mask, residual, strides, served
-    )
+    whole = x, weight1, bias1, weight2, bias2, mask, residual, strides
+    if served == "triton" and threshold < 1:
+        return torch.ops.gatedkernels.switched_block.default(*whole, threshold)
+    if served == "triton" and shared > 1 and not recorded:
+        return torch.ops.gatedkernels.shared_block.default(*whole, shared)
+    return torch.ops.gatedkernels.gated_block.default(*whole, served)

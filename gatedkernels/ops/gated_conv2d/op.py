@@ -80,7 +80,13 @@ def _forward(
     launcher = LAUNCHERS[backend]
     if backend == "cpu":  # compares the density itself
         return launcher(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups, threshold)
-    y = launcher(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups)
+    if backend == "triton" and threshold < 1 and in_mask is None:  # the device compares it
+        from gatedkernels.ops.ragged import switch
+
+        assert out_mask is not None  # without a mask nothing has a threshold
+        y = switch.gated_conv2d(x, weight, bias, out_mask, stride, padding, dilation, threshold)
+    else:
+        y = launcher(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups)
     return y.contiguous(memory_format=arguments.memory_format(x))
 
 
@@ -299,7 +305,11 @@ def gated_conv2d(
     else:
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
-    if served == "cpu" and not arguments.recorded(x, weight, bias):
+    recorded = arguments.recorded(x, weight, bias)
+    both = in_mask is not None and out_mask is not None
+    if served == "triton" and backend == "auto" and (recorded or both):  # measured for one mask, without the backward
+        served, threshold = "dense", ALWAYS
+    if served == "cpu" and not recorded:
         y = _launch_cpu(x, weight, bias, in_mask, out_mask, *geometry, groups, threshold)
         if group == 1:
             _KNOWN.note(given, options, geometry[0][0], threshold)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._select import select
+from gatedkernels.ops.channel_gate.launch import channel_gate, code_gate
+from gatedkernels.ops.ragged.configurations import together
 from gatedkernels.ops.ragged.groups import equal_groups, similar_groups
 from gatedkernels.ops.ragged.launch import (
     ALL,
@@ -21,6 +23,7 @@ from gatedkernels.ops.ragged.launch import (
     pack,
     packed_like,
     plan,
+    sums_like,
     weight_gradient,
 )
 
@@ -156,7 +159,7 @@ def gated_block(
     groups = similar_groups(mask, shared) if similar and shared > 1 else AS_THEY_ARE
     gate = None if shared == 1 else mask.contiguous()
     block = Block(rows(weight1, False), bias1, rows(weight2, True), bias2, weight2.shape[0])
-    return block.run(x, plan(mask, shared, groups.order), residual, stride, shared, groups, gate)
+    return block.run(x, plan(mask, shared, groups.order), residual, stride, shared, groups, gate)[0]
 
 
 def packed_block(
@@ -171,7 +174,60 @@ def packed_block(
 ) -> Tensor:
     """``gated_block`` from the weights of `optimize` as they lie: rows (M, 3, 3, C), blocks (⌈K / 32⌉, M, 3, 3, 32)."""
     block = Block(weight1.permute(0, 3, 1, 2), bias1, weight2, bias2, len(bias2))
-    return block.run(x, plan(mask), residual, stride)
+    return block.run(x, plan(mask), residual, stride)[0]
+
+
+def packed_residual(
+    x: Tensor,
+    layers: Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    mask: Tensor | None,
+    residual: Tensor,
+    stride: Sequence[int],
+    sums: Tensor | None = None,
+    summed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``packed_block`` with its gate, and what that decided: three launches, or four with a given mask.
+
+    The gate looks at ``sums`` of the images' pixels, where the block before left them; ``summed``: leave such, too.
+    """
+    block = Block(weight1.permute(0, 3, 1, 2), bias1, weight2, bias2, len(bias2))
+    looked_at, area = (x, None) if sums is None else (sums, x.shape[2] * x.shape[3])
+    decided, lists = channel_gate(looked_at, layers, len(bias1) // len(layers[3]), mask is None, area)
+    y, left = block.run(x, lists if mask is None else plan(mask), residual, stride, summed=summed)
+    return y, decided, left
+
+
+def packed_coded_residual(
+    x: Tensor,
+    layers: Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lists: List,
+    codes: Tensor | None,
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    """``packed_residual`` of a codebook whose lists are there already, and the codes that the gate decided on.
+
+    Three launches, or four where images are small and samples of one code share what is fetched.
+    """
+    decided = code_gate(x, layers)
+    residual = x
+    if shortcut_weight is not None and shortcut_bias is not None:
+        residual = packed_shortcut(x, shortcut_weight, shortcut_bias, stride)
+    block = Block(weight1.permute(0, 3, 1, 2), bias1, weight2, bias2, len(bias2))
+    codes = decided if codes is None else codes
+    shared = max(1, min(together(residual.shape[2] * residual.shape[3]), x.shape[0]))
+    assert lists.counts is not None
+    groups = Groups(None, codes) if shared == 1 else equal_groups(codes, len(lists.counts), shared)
+    return block.run(x, lists, residual, (stride, stride), shared, groups)[0], decided
 
 
 def packed_shortcut(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
@@ -194,12 +250,18 @@ def coded_block(
     codes: Tensor,
     residual: Tensor | None,
     stride: Sequence[int],
-    shared: int = 8,
+    shared: int | None = None,
 ) -> Tensor:
-    """``gated_block`` where every sample has one of the masks in ``table``: a list a mask, groups of equal samples."""
+    """``gated_block`` where every sample has one of the masks in ``table``: a list a mask, groups of equal samples.
+
+    ``shared`` samples of one code share what is fetched; None: as many as fill a tile.
+    """
+    if shared is None:
+        height, width = arguments.output_size(x, weight1, stride, (1, 1), (1, 1))
+        shared = together(height * width)
     shared = max(1, min(shared, x.shape[0]))
     block = Block(rows(weight1, False), bias1, rows(weight2, True), bias2, weight2.shape[0])
-    return block.run(x, plan(table), residual, stride, shared, equal_groups(codes, len(table), shared))
+    return block.run(x, plan(table), residual, stride, shared, equal_groups(codes, len(table), shared))[0]
 
 
 class Block(NamedTuple):
@@ -220,8 +282,9 @@ class Block(NamedTuple):
         shared: int = 1,
         groups: Groups = AS_THEY_ARE,
         gate: Tensor | None = None,
-    ) -> Tensor:
-        """Two launches: the listed hidden channels, packed, and the outputs from these."""
+        summed: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Two launches: the listed hidden channels, packed, and the outputs from these; ``summed``: with their sums."""
         size = arguments.output_size(x, self.weight1, stride, (1, 1), (1, 1))
         hidden = convolve(
             channels_dense(x), self.weight1, self.bias1, packed_like(x, self.weight1.shape[0], *size),
@@ -231,10 +294,12 @@ class Block(NamedTuple):
         y = x.new_empty((x.shape[0], *size, self.channels)).permute(0, 3, 1, 2)
         if residual is not None and residual.stride() != y.stride():
             residual = torch.empty_like(y).copy_(residual)
-        return convolve(
+        sums = sums_like(y) if summed else None
+        convolve(
             hidden, self.weight2, self.bias2, y, hidden_list,
-            padding=(1, 1), relu=True, residual=residual, packed_in=True, shared=shared, groups=groups,
+            padding=(1, 1), relu=True, residual=residual, sums=sums, packed_in=True, shared=shared, groups=groups,
         )  # fmt: skip
+        return y, sums
 
 
 def gated_linear(

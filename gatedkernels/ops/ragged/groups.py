@@ -4,8 +4,11 @@ On the device, in shapes that do not depend on values, so that a captured graph 
 """
 
 import torch
+import triton
 from torch import Tensor
 
+from gatedkernels.ops.ragged import group_kernels
+from gatedkernels.ops.ragged.groups_reference import equal_groups_reference
 from gatedkernels.ops.ragged.launch import Groups
 
 _BITS = 62  # of a signature, which an int64 has room for
@@ -43,18 +46,15 @@ def equal_groups(codes: Tensor, count: int, shared: int) -> Groups:
         count: Codes that there are.
         shared: Samples of a group.
     """
-    samples, device = len(codes), codes.device
-    codes = codes.long() % count
-    every = torch.arange(count, device=device)
-    sizes = (codes[:, None] == every).sum(0)
-    needed = -(-sizes // shared)
-    ends = needed.cumsum(0)
-    sorted_codes, order = codes.sort(stable=True)
-    # The place of a sample: its code's first one, and how many samples of that code come before it.
-    before = torch.arange(samples, device=device) - (sizes.cumsum(0) - sizes)[sorted_codes]
-    places = (ends - needed)[sorted_codes] * shared + before
+    samples = len(codes)
+    if not 0 < samples <= group_kernels.MOST:
+        return Groups(*equal_groups_reference(codes, count, shared))
     groups = samples // shared + min(count, samples)
-    filled = torch.full((groups * shared,), samples, dtype=torch.int32, device=device)
-    filled.scatter_(0, places, order.int())
-    lists = torch.searchsorted(ends, torch.arange(groups, device=device), right=True).clamp_(max=count - 1)
-    return Groups(filled, lists.int())
+    order = torch.empty(groups * shared, dtype=torch.int32, device=codes.device)
+    lists = torch.empty(groups, dtype=torch.int32, device=codes.device)
+    with torch.cuda.device_of(codes):
+        group_kernels.equal_groups_kernel[(1,)](
+            codes.contiguous(), order, lists, samples, count, shared, groups,
+            SAMPLES=triton.next_power_of_2(samples), SHARED=triton.next_power_of_2(shared), num_warps=8,
+        )  # fmt: skip
+    return Groups(order, lists)

@@ -1,6 +1,8 @@
 """Launches of the ragged convolution: shapes in, grids out. Nothing here looks at a value on the device."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -8,10 +10,10 @@ import triton
 from torch import Tensor
 
 from gatedkernels.ops.plan import kernels as plan_kernels
-from gatedkernels.ops.ragged import gradient_kernels, kernels
-from gatedkernels.ops.ragged.configurations import GRADIENT_PROGRAMS, GRADIENT_TILES, Tile, tile
+from gatedkernels.ops.ragged import gradient_kernels, kernels, measured, schedule_kernels
+from gatedkernels.ops.ragged.configurations import GRADIENT_PROGRAMS, GRADIENT_TILES, Configuration, Shape
 
-STEP = kernels.STEP.value
+STEP, SLOT = kernels.STEP.value, kernels.SLOT.value
 
 
 class List(NamedTuple):
@@ -70,6 +72,12 @@ def packed_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     return x.new_empty((x.shape[0], height, width, room)).permute(0, 3, 1, 2)[:, :channels]
 
 
+def sums_like(y: Tensor) -> Tensor:
+    """Memory for the sums of each ``SLOT`` neighbouring pixels of images (N, K, H, W): (N, K, slots, 1)."""
+    slots = triton.cdiv(y.shape[2] * y.shape[3], SLOT)
+    return y.new_empty((y.shape[0], slots, 1, y.shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
+
+
 def pack(x: Tensor, channels: List) -> Tensor:
     """The listed channels of every sample of ``x`` (N, C, H, W) side by side, channels-last."""
     samples, width_in, height, width = x.shape
@@ -109,12 +117,13 @@ def convolve(
     relu: bool = False,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    sums: Tensor | None = None,
     packed_in: bool = False,
     packed_out: bool = False,
     shared: int = 1,
     groups: Groups = AS_THEY_ARE,
     flag: Any = CONV_FLAG,
-    configuration: Tile | None = None,
+    configuration: Configuration | None = None,
 ) -> Tensor:
     """Convolve listed channels of ``x`` into listed channels of ``y``, and return that.
 
@@ -133,38 +142,123 @@ def convolve(
         relu: Apply a ReLU.
         residual: Added before the ReLU, layout of ``y``.
         gate: Bool (N, K), contiguous: listed outputs that are zero all the same.
+        sums: Filled with sums of pixels of ``y``, from ``sums_like``: all channels are written, groups are samples.
         packed_in: The listed channels of ``x`` lie side by side, with zeros up to the next step. If not, and ``ins``
             has an index, they lie side by side and nothing behind them is read.
         packed_out: Write the listed channels side by side; else each at its place, and zeros elsewhere.
         shared: Samples of a group, which share a list.
         groups: Which these are; neighbours if it does not say.
         flag: Says how float32 numbers are multiplied.
-        configuration: A tile; None: the shipped one.
+        configuration: Tile and schedule; None: what was measured for such a shape, else the shipped one.
     """
     samples, in_channels, height, width = x.shape
     _, out_channels, out_height, out_width = y.shape
     if groups.order is None:
         shared = min(shared, samples)
-    pixels = shared * out_height * out_width
-    chosen = configuration or tile(pixels, in_channels, out_channels, x.element_size(), outs.counts is not None)
-    tiles = triton.cdiv(pixels, chosen.rows) * triton.cdiv(out_channels, chosen.channels)
     places = samples if groups.order is None else len(groups.order)
-    if places * tiles == 0:
+    precision = _precision(x, flag)
+    shape = Shape(
+        _LISTED[ins.counts is not None, outs.counts is not None], packed_out and outs.counts is not None,
+        "tf32" if precision == "tf32" else str(x.dtype).removeprefix("torch."), math.prod(weight.shape[2:4]),
+        math.prod(stride), math.prod(spread), in_channels, out_channels,
+        shared * out_height * out_width, triton.cdiv(places, max(shared, 1)),
+    )  # fmt: skip
+    if shape.groups * shape.pixels * out_channels == 0:
         return y
-    grid = (triton.cdiv(places, shared) * tiles,)
+    assert sums is None or (shared == 1 and groups.order is None and not packed_out)
     assert (x.stride(1) == 1 or in_channels == 1) and (y.stride(1) == 1 or out_channels == 1)
+
+    def run(chosen: Configuration) -> None:
+        tile, count = chosen.tile, shape.tiles(chosen.tile)
+        tiles = partial = None
+        grid: tuple[int, ...] = (count, chosen.splits)
+        if chosen.programs:
+            tiles = schedule(shape, chosen, samples, shared, ins, outs if packed_out else ALL, groups, x.device)
+            grid = (min(count, chosen.programs * multiprocessors(x.device)),)
+        elif chosen.splits > 1:
+            partial = x.new_empty((count, chosen.splits, tile.rows, tile.channels), dtype=torch.float32)
+        for finish in (False,) if partial is None else (False, True):
+            kernels.ragged_conv_kernel[grid[:1] if finish else grid](
+                x, weight, bias, residual, gate, y, sums, ins.indices, ins.counts, outs.indices, outs.counts, *groups,
+                tiles, partial, samples, shared, height, width, in_channels, out_height, out_width, out_channels,
+                x.stride(0), x.stride(2), x.stride(3), *weight.stride()[:4], y.stride(0), y.stride(2), y.stride(3),
+                *weight.shape[2:4], *stride, *padding, *dilation, *spread,
+                MIRRORED=mirrored, RELU=relu, PACKED_IN=packed_in, PACKED_OUT=packed_out, PRECISION=precision,
+                BLOCK=weight.shape[4] if weight.ndim == 5 else 1,
+                ROWS=tile.rows, CHANNELS=tile.channels, DEPTH=tile.depth, SPLITS=chosen.splits, FINISH=finish,
+                num_warps=tile.warps, num_stages=1 if finish else tile.pipeline(ins.indices is not None),
+            )  # fmt: skip
+
     with torch.cuda.device_of(x):
-        kernels.ragged_conv_kernel[grid](
-            x, weight, bias, residual, gate, y, ins.indices, ins.counts, outs.indices, outs.counts, *groups,
-            samples, shared, height, width, in_channels, out_height, out_width, out_channels,
-            x.stride(0), x.stride(2), x.stride(3), *weight.stride()[:4], y.stride(0), y.stride(2), y.stride(3),
-            *weight.shape[2:4], *stride, *padding, *dilation, *spread,
-            MIRRORED=mirrored, RELU=relu, PACKED_IN=packed_in, PACKED_OUT=packed_out, PRECISION=_precision(x, flag),
-            BLOCK=weight.shape[4] if weight.ndim == 5 else 1,
-            ROWS=chosen.rows, CHANNELS=chosen.channels, DEPTH=chosen.depth,
-            num_warps=chosen.warps, num_stages=chosen.pipeline(ins.indices is not None),
-        )  # fmt: skip
+        chosen = configuration
+        if chosen is None:
+            chosen = choose(shape, x.device) if _chooser is None else _chooser(shape, run)
+        run(chosen)
     return y
+
+
+# Who chooses instead of the table, while it measures: from a shape and the launch in question.
+Chooser = Callable[[Shape, Callable[[Configuration], None]], Configuration]
+_chooser: Chooser | None = None
+_LISTED = {(False, False): "none", (False, True): "out", (True, False): "in", (True, True): "both"}
+
+
+def set_chooser(chooser: Chooser | None) -> None:
+    """Let somebody else choose configurations, who may launch with any of them; None: the table again."""
+    global _chooser
+    _chooser = chooser
+
+
+@lru_cache(maxsize=4096)
+def choose(shape: Shape, device: torch.device) -> Configuration:
+    """The configuration of a shape on a device: measured, else shipped."""
+    return measured.find(shape, device)
+
+
+def forget() -> None:
+    """Read measured configurations again."""
+    measured.measured.cache_clear()
+    choose.cache_clear()
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; the interpreter counts as one of two."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def schedule(
+    shape: Shape,
+    chosen: Configuration,
+    samples: int,
+    shared: int,
+    ins: List,
+    outs: List,
+    groups: Groups,
+    device: torch.device,
+) -> Tensor:
+    """The list of tiles that there are, longest reductions first: int32, how many, and then their numbers.
+
+    Args:
+        shape: Of the convolution.
+        chosen: Its configuration.
+        samples: Of the batch.
+        shared: Samples of a group.
+        ins: Listed inputs: they say how long reductions are.
+        outs: Listed outputs, where others are not written.
+        groups: Which samples share a list.
+        device: Where they are.
+    """
+    tile = chosen.tile
+    pixels = shape.pixels // shared
+    row_tiles, channel_tiles = triton.cdiv(shape.pixels, tile.rows), triton.cdiv(shape.out_channels, tile.channels)
+    tiles = torch.empty(1 + shape.tiles(tile), dtype=torch.int32, device=device)
+    chunk = min(1024, max(16, triton.next_power_of_2(shape.groups)))
+    schedule_kernels.schedule_kernel[(shape.groups,)](
+        ins.counts, outs.counts, *groups, tiles, shape.groups, samples, shared, pixels, row_tiles, channel_tiles,
+        ROWS=tile.rows, CHANNELS=tile.channels, CHUNK=chunk, num_warps=4,
+    )  # fmt: skip
+    return tiles
 
 
 def weight_gradient(

@@ -38,15 +38,28 @@ def _launch_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_width: Tensor | None, out_width: Tensor | None
 ) -> Tensor:
     refuse("cpu", policy.linear_problem(x))
-    tokens = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
-    y = torch.ops.gatedkernels.sliced_linear_cpu(tokens, weight, bias, in_width, out_width)
+    y = torch.ops.gatedkernels.sliced_linear_cpu(_tokens(x), weight, bias, in_width, out_width)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _launch_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_width: Tensor | None, out_width: Tensor | None
+) -> Tensor:
+    from gatedkernels.ops.ragged.sliced import sliced_linear
+
+    return sliced_linear(_tokens(x), weight, bias, in_width, out_width).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """Every sample's tokens in one dimension, one token where there is none."""
+    return x.flatten(1, -2) if x.ndim > 2 else x[:, None]
 
 
 LAUNCHERS: dict[str, Callable[..., Tensor]] = {
     "reference": sliced_linear_reference,
     "dense": _launch_dense,
     "cpu": _launch_cpu,
+    "triton": _launch_triton,
 }
 
 
@@ -79,6 +92,21 @@ def _backward_grouped(
     return dx, None if dweight is None else dweight.to(x.dtype), None if dbias is None else dbias.to(x.dtype)
 
 
+def _backward_triton(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    in_width: Tensor | None,
+    out_width: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    from gatedkernels.ops.ragged.sliced import sliced_linear_backward
+
+    widths = in_width, out_width
+    dx, dweight, dbias = sliced_linear_backward(_tokens(dy), _tokens(x), weight, *widths, output_mask)
+    return None if dx is None else dx.reshape(x.shape), dweight, dbias
+
+
 def _backward_launch(
     dy: Tensor,
     x: Tensor,
@@ -88,8 +116,11 @@ def _backward_launch(
     output_mask: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    together = backend == "reference" or _is_masked(x)
-    launcher = sliced_linear_backward_reference if together else _backward_grouped
+    launcher: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]] = _backward_grouped
+    if backend == "triton":
+        launcher = _backward_triton
+    elif backend == "reference" or _is_masked(x):
+        launcher = sliced_linear_backward_reference
     gradients = launcher(dy, x, weight, in_width, out_width, output_mask)
     dx, dweight, dbias = (x.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
     return dx, dweight, dbias
@@ -148,7 +179,8 @@ def sliced_linear(
         in_width: Channels of ``x`` to read: an int from 1 to C', or int32 or int64, shape (N,), for every sample;
             None: all. Numbers in a tensor that are out of range mean the nearest that is not.
         out_width: Units to compute: an int from 1 to K, or int32 or int64, shape (N,); None: all.
-        backend: "reference", "dense", "cpu", or "auto": the policy's choice. An explicit one never falls back.
+        backend: "reference", "dense", "cpu", "triton", or "auto": the policy's choice. An explicit one never falls
+            back.
 
     Returns:
         Shape (N, …, out_width) with an int; with a tensor (N, …, K), zeros beyond each sample's width. Contiguous.
@@ -184,5 +216,8 @@ def sliced_linear(
     x, weight, bias = x[..., :ins], weight[:outs, :ins], None if bias is None else bias[:outs]
     if in_widths is None and out_widths is None and backend in ("auto", "dense"):
         return linear(x, weight, bias).contiguous()
+    arguments.refuse_tangents(x, weight, bias)
     served = policy.choose_sliced_linear(x) if backend == "auto" else backend
+    if served == "cpu" and not torch.compiler.is_compiling() and not arguments.recorded(x, weight, bias):
+        return _launch_cpu(x, weight, bias, in_widths, out_widths).contiguous()
     return torch.ops.gatedkernels.sliced_linear.default(x, weight, bias, in_widths, out_widths, served)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedkernels.models import slimmable_resnet18
-from gatedkernels.training.config import SlimmableConfig
+from gatedkernels.training.config import US3LConfig
 from gatedkernels.training.contrastive import negative_cosine, nt_xent
 from gatedkernels.training.methods import US3L
 
@@ -17,7 +17,7 @@ SMALL: dict[str, Any] = {"hidden": 16, "embedding": 8, "epochs": 4, "lr": 0.05}
 def build(**options: Any) -> US3L:
     torch.manual_seed(0)
     backbone = slimmable_resnet18(num_classes=None, stem="cifar", channels=16, track_running_stats=False)
-    return US3L(backbone, SlimmableConfig(**{**SMALL, **options}))
+    return US3L(backbone, US3LConfig(**{**SMALL, **options}))
 
 
 class Steps(US3L):
@@ -45,18 +45,10 @@ class Steps(US3L):
 def alone(**options: Any) -> Steps:
     torch.manual_seed(0)
     backbone = slimmable_resnet18(num_classes=None, stem="cifar", channels=16, track_running_stats=False)
-    return Steps(backbone, SlimmableConfig(**{**SMALL, **options}))
+    return Steps(backbone, US3LConfig(**{**SMALL, **options}))
 
 
 VIEWS = [torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-
-
-def test_widths_follow_the_schedule():
-    module = build(epochs=8)
-    assert module.widths(0, 0) == [1.0]
-    assert [module.widths(epoch, 5)[-1] for epoch in (2, 4, 6)] == pytest.approx([0.75, 0.5, 0.25])
-    assert module.widths(6, 5) == module.widths(6, 5) != module.widths(6, 6)
-    assert len(build(dynamic_sampling=False, passes=4).widths(0, 0)) == 4
 
 
 def test_each_width_makes_a_step_or_all_make_one():
@@ -128,3 +120,31 @@ def test_only_absolute_losses_have_a_predictor():
     assert isinstance(build(base="absolute").predictor, nn.Sequential)
     assert isinstance(build(base="absolute", predictor=False).predictor, nn.Identity)
     assert isinstance(build(base="relative").predictor, nn.Identity)
+
+
+def test_adamw_decays_by_itself():
+    """As MoCo v3 trains vision transformers; the penalty would decay what AdamW scales."""
+    module = alone(optimizer="adamw", group_strength=0.0, weight_decay=0.1)
+    assert isinstance(module.sgd, torch.optim.AdamW) and module.sgd.param_groups[0]["weight_decay"] == 0.1
+    assert module._penalty(0, with_auxiliary=False) == 0
+
+
+def test_the_momentum_encoder_slows_down_along_a_cosine():
+    module = alone(ema=0.9, ema_end=1.0, lr=1e-9)
+    assert module.teacher is not None
+    for parameter in module.teacher.parameters():
+        parameter.data.zero_()
+    weight = module.backbone.conv1.weight.detach().clone()
+    for epoch, share in ((0, 0.1), (2, 0.1 + 0.9 * 0.05)):  # half of the way after half of the epochs
+        module._follow(epoch)
+        torch.testing.assert_close(module.teacher[0].conv1.weight, share * weight)
+
+
+@pytest.mark.parametrize(("narrows", "inputs"), [(True, 64), (False, 128)])
+def test_heads_narrow_where_the_features_do(narrows: bool, inputs: int):
+    torch.manual_seed(0)
+    backbone = slimmable_resnet18(num_classes=None, stem="cifar", channels=16, track_running_stats=False)
+    backbone.features_narrow = narrows
+    module = US3L(backbone, US3LConfig(**SMALL))
+    module._set_width(0.5)
+    assert module.head.layers[0].shape_now == (inputs, 16)

@@ -1,0 +1,113 @@
+"""Two sides of an operation, chosen on the device: on a GPU, or interpreted (test_triton.py starts that)."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import gatedkernels as gk
+from gatedkernels import calibration_gpu, policy
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"),
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    torch.backends.cudnn.conv.fp32_precision, before = "ieee", torch.backends.cudnn.conv.fp32_precision
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
+def draw(samples: int, channels: int, density: float) -> Tensor:
+    return torch.rand(samples, channels, device=DEVICE) < density
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.3, 0.99])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_either_side_computes_the_same(stride: int, density: float, threshold: float):
+    from gatedkernels.ops.ragged import switch
+
+    n, c, m, k = 3, 6, 21, 16
+    x, mask, out_mask = randn(n, c, 5, 4), draw(n, m, density), draw(n, k, density)
+    weights = randn(m, c, 3, 3), randn(m), randn(k, m, 3, 3), randn(k)
+    size = [(length - 1) // stride + 1 for length in (5, 4)]
+    for residual in (None, randn(n, k, *size)):
+        y = switch.gated_block(x, *weights, mask, residual, (stride, stride), threshold)
+        exact = gk.gated_block(x, *weights, mask, residual=residual, stride=stride, backend="reference")
+        torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+    filters = randn(k, c, 3, 3)
+    y = switch.gated_conv2d(x, filters, weights[3], out_mask, (stride, stride), (1, 1), (1, 1), threshold)
+    exact = gk.gated_conv2d(x, filters, weights[3], None, out_mask, stride=stride, padding=1, backend="reference")
+    torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("opened", "is_dense"), [(0, False), (12, False), (13, True), (60, True)])
+def test_one_side_has_nothing_to_do(opened: int, is_dense: bool):
+    """Of 60 channels 12 are 0.2: what is no more than the threshold is gated."""
+    from gatedkernels.ops.ragged import launch, switch
+
+    mask = (torch.arange(60, device=DEVICE) < opened).view(3, 20)
+    lists = launch.plan(mask)
+    found = switch.sides(lists, 20, 16, 0.2)
+    gated, dense = (lists.counts.tolist(), [16] * 3), ([20], [16])
+    idle = [0] * 3, [0]
+    expected = (idle[0], idle[0], *dense) if is_dense else (*gated, idle[1], idle[1])
+    assert [each.tolist() for each in found] == list(expected)
+
+
+def test_channels_that_are_closed_are_not_read():
+    from gatedkernels.ops.ragged import switch
+
+    x, mask = randn(2, 6, 4, 4), draw(2, 16, 0.5)
+    weight = torch.where(mask[0, :, None, None, None], randn(16, 6, 3, 3), torch.nan)
+    for threshold in (-1.0, 0.99):
+        y = switch.gated_conv2d(x, weight, None, mask[:1].expand(2, -1), (1, 1), (1, 1), (1, 1), threshold)
+        assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", policy.SWITCHED)
+def test_the_operators_follow_the_policy(kernel: str, monkeypatch: pytest.MonkeyPatch):
+    n, c = 2, 16
+    x, weight, bias, mask = randn(n, c, 4, 4), randn(c, c, 3, 3), randn(c), draw(n, c, 0.5)
+    served: list[float] = []
+
+    def run(backend: str, *parameters: Tensor) -> Tensor:
+        if kernel == "conv_out":
+            return gk.gated_conv2d(x, *parameters, None, mask, padding=1, backend=backend)
+        return gk.gated_block(x, *parameters, *parameters, mask, residual=x, backend=backend)
+
+    from gatedkernels.ops.ragged import switch
+
+    name = "gated_conv2d" if kernel == "conv_out" else "gated_block"
+    original: Callable = getattr(switch, name)
+    monkeypatch.setattr(switch, name, lambda *args: served.append(args[-1]) or original(*args))
+    exact = run("reference", weight, bias)
+    for threshold in (0.3, 1.0):
+        monkeypatch.setattr(policy, "choose", lambda *_: policy.Choice("triton", threshold))  # noqa: B023
+        torch.testing.assert_close(run("auto", weight, bias), exact, rtol=1e-4, atol=1e-4)
+    assert served == [0.3]
+    run("auto", weight.clone().requires_grad_(), bias).sum().backward()
+    assert served == [0.3]  # thresholds are of the forward alone
+
+
+@pytest.mark.parametrize(("kernel", "side"), calibration_gpu.KERNELS)
+def test_the_calls_of_a_calibration_compute_the_same(kernel: str, side: int):
+    case = calibration_gpu.Case(kernel, side, 16, 2, 4, torch.float32)
+    found = {name: call() for name, call in calibration_gpu.calls(case, torch.device(DEVICE)).items()}
+    for name in ("gated 0.5", "switched 0.5"):
+        if name in found:
+            torch.testing.assert_close(found[name], found["dense"], rtol=1e-4, atol=1e-4)
+    if "other side" in found:
+        torch.testing.assert_close(found["other side"], found["gated 1.0"], rtol=1e-4, atol=1e-4)
