@@ -27,7 +27,8 @@ class PackedTrunk:
 
     def __init__(self, network: nn.Module, front: Sequence[str], stages: Sequence[str], pooling: str) -> None:
         self._stem = cast(PackedStem, network.get_submodule(front[0]))
-        self._blocks = [cast(PackedBasicBlock, block) for stage in stages for block in network.get_submodule(stage)]
+        sequences = [cast(nn.Sequential, network.get_submodule(stage)) for stage in stages]
+        self._blocks = [cast(PackedBasicBlock, block) for sequence in sequences for block in sequence]
         # Where each module is found and what is asked of it: that it is still there and that nobody listens.
         self._places: list[tuple[Mapping[str, nn.Module | None], str, nn.Module]] = []
         for root in (*front, *stages, pooling):
@@ -44,7 +45,7 @@ class PackedTrunk:
             isinstance(stem, PackedStem)
             and all(type(module) is nn.Identity for module in folded)
             and all(type(sequence) is nn.Sequential for sequence in sequences)
-            and all(isinstance(b, PackedBasicBlock) and b.is_simple() for sequence in sequences for b in sequence)
+            and all(isinstance(b, PackedBasicBlock) and b.is_simple() for s in sequences for b in s.children())
             and isinstance(network.get_submodule(pooling), PackedPool)
         )
 

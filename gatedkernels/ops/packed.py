@@ -176,16 +176,17 @@ def _packed_network(
         images.to(stem_weight.dtype), stem_weight, stem_bias, stem_stride, padding, bool(relu), bool(pool)
     ).to(images.dtype)
     for i, (mask, stride) in enumerate(zip(masks, strides, strict=True)):
-        gate, block, shortcut = (parts[12 * i + begin : 12 * i + end] for begin, end in ((0, 4), (4, 10), (10, 12)))
+        own = cast(list[Any], parts[12 * i : 12 * (i + 1)])
+        gate, (weight1, bias1, weight2, bias2, tiles1, tiles2), (weight, bias) = own[:4], own[4:10], own[10:]
         if gate[0] is None:
-            opened = torch.ones(len(x), len(cast(Tensor, block[0])), dtype=torch.bool, device=x.device)
+            opened = torch.ones(len(x), len(weight1), dtype=torch.bool, device=x.device)
         else:
-            opened = channel_gate_reference(x, *cast(Sequence[Tensor], gate))
+            opened = channel_gate_reference(x, *gate)
         opened = opened if mask is None else mask
         residual = x
-        if shortcut[0] is not None and shortcut[1] is not None:
-            residual = _packed_conv2d(x, *shortcut, None, None, None, len(shortcut[1]), stride, relu=False)
-        x = _packed_block(x, *block, opened, residual, stride)  # type: ignore[arg-type]
+        if weight is not None:
+            residual = _packed_conv2d(x, weight, bias, None, None, None, len(bias), stride, relu=False)
+        x = _packed_block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, opened, residual, stride)
     return _packed_pool(x)
 
 
