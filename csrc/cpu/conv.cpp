@@ -4,6 +4,7 @@
 
 #include "conv.h"
 #include "dense.h"
+#include "sliced_tiles.h"
 
 namespace gatedkernels {
 
@@ -185,6 +186,9 @@ Tensor sliced_conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& b
   };
   const std::optional<Plan> ins = prefix(in_width, x.size(1)), outs = prefix(out_width, K);
   const Tensor blocks = weight_blocks(weight, ins ? &*ins : nullptr, outs ? outs->most() : K);
+  if (sliced_tiles_pay(x, weight.size(2), stride, ins ? ins->most() : x.size(1))) {
+    return sliced_on_tiles(x, blocks, floats(b), K, ins ? &*ins : nullptr, outs ? &*outs : nullptr);
+  }
   return run_in(x, floats(blocks), floats(b), K, weight.size(2), ins ? &*ins : nullptr, false, nullptr, std::nullopt,
                 stride, false, outs ? &*outs : nullptr);
 }

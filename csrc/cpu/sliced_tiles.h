@@ -1,0 +1,16 @@
+// Convolutions with a width for every sample on Winograd's components.
+#pragma once
+
+#include "tensors.h"
+
+namespace gatedkernels {
+
+// Whether they pay, `most` being the input channels of the widest sample.
+bool sliced_tiles_pay(const Tensor& x, int64_t taps, int64_t stride, int64_t most);
+
+// filters: as `weight_blocks` packs them; null plans: every channel. Writes NHWC pixels of all K output channels, zeros
+// beyond a sample's width.
+Tensor sliced_on_tiles(const Tensor& x, const Tensor& filters, const float* bias, int64_t K, const Plan* ins,
+                       const Plan* outs);
+
+}  // namespace gatedkernels
