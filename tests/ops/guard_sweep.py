@@ -137,6 +137,14 @@ def check_linears(n: int, c: int, k: int, tokens: int, density: float) -> None:
     check("sliced_linear_cpu", x, weight, bias, *widths)
 
 
+def check_widths_on_tiles(form: str, density: float) -> None:
+    """Enough tiles, and channels, for a width for every sample to run on them; odd sizes, and no full block."""
+    x = torch.randn(8, 37, 13, 11).contiguous(memory_format=FORMATS[form])
+    weight, bias = torch.randn(70, 37, 3, 3), torch.randn(70)
+    widths = [(torch.rand(8, most) < density).sum(1, dtype=torch.int32) for most in (37, 70)]
+    check("sliced_conv2d_cpu", x, weight, bias, *widths, 1)
+
+
 def check_stems(n: int, c: int, k: int, h: int, w: int) -> None:
     """The first layer, whose window is padded so that it fits."""
     x, bias = torch.randn(n, c, h, w), torch.randn(k)
@@ -164,6 +172,8 @@ def main() -> None:
                 check_convolutions(n, c, k, h, w, side, stride, form, density)
             check_blocks(n, c, k, h, w, stride, form, density)
             check_linears(n, c, k, h * w, density)
+    for form, density in itertools.product(FORMATS, (0.5, 1.0)):
+        check_widths_on_tiles(form, density)
     print("whole")
 
 
