@@ -1,7 +1,6 @@
 // The gated basic block in one parallel region: conv1's active channels go into packed planes, conv2 reads them there.
 // Either convolution runs directly or on Winograd's components, sample by sample as their active channels make it pay.
 #include <algorithm>
-#include <memory>
 
 #include "block.h"
 #include "conv.h"
@@ -77,20 +76,9 @@ class Block {
   }
 
   void run() {
-    const Queue queue = schedule();
-    const auto left = std::make_unique<std::atomic<int32_t>[]>(N_);  // items before conv2, for every sample
-    for (int64_t n = 0; n < N_; ++n) left[n].store(queue.pending[n], std::memory_order_relaxed);
-    in_order(static_cast<int64_t>(queue.items.size()), [&](int64_t at) {
-      const Item& item = queue.items[at];
-      std::atomic<int32_t>& mine = left[item.sample];
-      if (before_conv2(item.stage)) {
-        item.stage == Stage::shortcut ? run_shortcut(item) : run_conv1(item);
-        mine.fetch_sub(1, std::memory_order_release);
-      } else {
-        wait_until([&] { return mine.load(std::memory_order_acquire) == 0; });
-        run_conv2(item);
-      }
-    });
+    run_queue(
+        schedule(), [&](const Item& item) { item.stage == Stage::shortcut ? run_shortcut(item) : run_conv1(item); },
+        [&](const Item& item) { run_conv2(item); });
   }
 
  private:

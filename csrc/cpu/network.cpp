@@ -6,6 +6,7 @@
 
 #include "block.h"
 #include "gate.h"
+#include "residual.h"
 #include "stem.h"
 
 namespace gatedkernels {
@@ -32,18 +33,17 @@ Tensor everything_open(int64_t N, int64_t channels) {
   return mask;
 }
 
-// A given mask opens what it says; the gate, which runs all the same, decides nothing then.
 Tensor run(const Parts& block, const Tensor& x, const MaybeTensor& given, int64_t stride) {
-  MaybeTensor open = given;
   if (*block.gate_weight1) {
-    const Tensor decided =
-        channel_gate(x, **block.gate_weight1, **block.gate_bias1, **block.gate_weight2, **block.gate_bias2);
-    if (!open) open = decided;
+    return std::get<0>(packed_residual(x, **block.gate_weight1, **block.gate_bias1, **block.gate_weight2,
+                                       **block.gate_bias2, **block.weight1, **block.bias1, **block.weight2,
+                                       **block.bias2, *block.tiles1, *block.tiles2, *block.shortcut_weight,
+                                       *block.shortcut_bias, given, stride));
   }
-  if (!open) open = everything_open(x.size(0), (*block.weight1)->size(0));
   return block_and_shortcut(x, **block.weight1, **block.bias1, **block.weight2, **block.bias2, *block.tiles1,
-                            *block.tiles2, *open, *block.shortcut_weight ? MaybeTensor() : MaybeTensor(x),
-                            *block.shortcut_weight, *block.shortcut_bias, stride);
+                            *block.tiles2, given ? *given : everything_open(x.size(0), (*block.weight1)->size(0)),
+                            *block.shortcut_weight ? MaybeTensor() : MaybeTensor(x), *block.shortcut_weight,
+                            *block.shortcut_bias, stride);
 }
 
 }  // namespace

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "tensors.h"
@@ -81,5 +83,24 @@ class Queue {
   int64_t height_;
   double target_;
 };
+
+// Computes all items: those before conv2 by `before`, the others by `conv2` as soon as those of their sample are done.
+template <class Before, class Conv2>
+void run_queue(const Queue& queue, const Before& before, const Conv2& conv2) {
+  const size_t N = queue.pending.size();
+  const auto left = std::make_unique<std::atomic<int32_t>[]>(N);  // items before conv2, for every sample
+  for (size_t n = 0; n < N; ++n) left[n].store(queue.pending[n], std::memory_order_relaxed);
+  in_order(static_cast<int64_t>(queue.items.size()), [&](int64_t at) {
+    const Item& item = queue.items[at];
+    std::atomic<int32_t>& mine = left[item.sample];
+    if (before_conv2(item.stage)) {
+      before(item);
+      mine.fetch_sub(1, std::memory_order_release);
+    } else {
+      wait_until([&] { return mine.load(std::memory_order_acquire) == 0; });
+      conv2(item);
+    }
+  });
+}
 
 }  // namespace gatedkernels

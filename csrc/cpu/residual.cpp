@@ -1,7 +1,6 @@
 // A whole residual block as one operator: the gate, the shortcut, and the block that they lead to. Every call by way of
 // Python fetches the code that leads there, which the weights of the layer before have driven out of the caches.
-// A given mask opens what it says; the gate, which runs all the same, decides nothing then.
-#include <tuple>
+#include "residual.h"
 
 #include "block.h"
 #include "gate.h"

@@ -22,6 +22,7 @@ from gatedkernels.ops.packed import (
     pack_rows,
     pack_tile_blocks,
     pack_tile_rows,
+    spread,
     unpack_blocks,
     unpack_rows,
     worth_tiles,
@@ -127,7 +128,7 @@ class PackedBasicBlock(PackedResidual):
         if mask is None:
             opened = torch.ones((x.shape[0], shape.out_channels), dtype=torch.bool, device=x.device)
         else:
-            opened = _spread(mask, self.group)
+            opened = spread(mask, shape.out_channels)
         residual = x if self.downsample is None else self.downsample(x)
         if x.dtype in NATIVE and shape.stride in ((1, 1), (2, 2)):
             weights = map(self._buffers.__getitem__, _BLOCK_WEIGHTS)  # the attributes, without the search for them
@@ -154,11 +155,14 @@ class PackedBasicBlock(PackedResidual):
 
     def parts(self) -> tuple[Tensor | None, ...]:
         """What these operators take of it: the gate's weights, the block's own, and the shortcut's."""
-        gate, downsample = self._modules["gate"], self.downsample
+        gate = self._modules["gate"]
         decision = (None,) * len(_WEIGHTS) if gate is None else map(gate._buffers.__getitem__, _WEIGHTS)
         weights = map(self._buffers.__getitem__, _BLOCK_WEIGHTS)  # the attributes, without the search for them
-        shortcut = (None, None) if downsample is None else (downsample.weight, downsample.bias)
-        return *decision, *weights, *shortcut
+        return *decision, *weights, *self._shortcut()
+
+    def _shortcut(self) -> tuple[Tensor | None, Tensor | None]:
+        downsample = self.downsample
+        return (None, None) if downsample is None else (downsample.weight, downsample.bias)
 
     def given_mask(self, x: Tensor) -> Tensor | None:
         """What is opened for these images instead of the gate's decision, if anything; see `fix_gates`."""
@@ -199,22 +203,19 @@ class PackedBasicBlock(PackedResidual):
         """The result for ``x``, and sums of it for the gate of the next block; see `gatedkernels.ops.packed_sums`."""
         check_images(x, self.shapes[0].in_channels, self.weight1)
         gate = cast(PackedGate, self._modules["gate"])
-        fixed = None if gate.fixed is None else gate.fixed(len(x))
-        weights = (self.weight1, self.bias1, self.weight2, self.bias2)
-        shortcut = (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
-        stride = self.shapes[0].stride[0]
-        y, _, left = _ops.packed_residual_summed(x, sums, *gate.layers(), *weights, *shortcut, fixed, stride)
+        weights, stride = (self.weight1, self.bias1, self.weight2, self.bias2), self.shapes[0].stride[0]
+        y, _, left = _ops.packed_residual_summed(
+            x, sums, *gate.layers(), *weights, *self._shortcut(), self.given_mask(x), stride
+        )
         return y, left
 
     def _run_coded(self, x: Tensor, gate: PackedCodebookGate) -> tuple[Tensor, Tensor]:
         table, codes, lists = gate.table, None, (gate.index, gate.count)
         if gate.fixed is not None:
             table, codes = gate.fixed(len(x))
-            lists = _ops.plan(_spread(table, self.group))
-        weights = (self.weight1, self.bias1, self.weight2, self.bias2)
-        shortcut = (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
-        stride = self.shapes[0].stride[0]
-        y, decided = _ops.packed_coded_residual(x, *gate.layers(), *weights, *lists, codes, *shortcut, stride)
+            lists = _ops.plan(spread(table, self.shapes[0].out_channels))
+        weights, stride = (self.weight1, self.bias1, self.weight2, self.bias2), self.shapes[0].stride[0]
+        y, decided = _ops.packed_coded_residual(x, *gate.layers(), *weights, *lists, codes, *self._shortcut(), stride)
         return y, table[decided if codes is None else codes]
 
 
@@ -267,10 +268,10 @@ class PackedBottleneck(PackedResidual):
         self._check(x, branch, brought)
         x = self._as_computed(x)
         mask1 = self._decide("gate1", x) if brought[0] is None else brought[0]
-        open1 = None if mask1 is None else _spread(mask1, self.group)
+        open1 = None if mask1 is None else spread(mask1, self.shapes[0].out_channels)
         h = gated_conv2d(x, self.weight1, self.bias1, None, open1).relu_()
         mask2 = self._decide("gate2", h) if brought[1] is None else brought[1]
-        open2 = None if mask2 is None else _spread(mask2, self.group)
+        open2 = None if mask2 is None else spread(mask2, self.shapes[1].out_channels)
         h = self.conv2(h, open1, open2)
         y = self._as_stored(self.conv3(h, open2, residual=x if self.downsample is None else self.downsample(x)))
         return (y, (_as_gate(mask1), _as_gate(mask2))) if return_gate else y
@@ -279,10 +280,6 @@ class PackedBottleneck(PackedResidual):
 def _is_heard(module: nn.Module) -> bool:
     own = module._forward_hooks or module._forward_pre_hooks
     return bool(own or nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
-
-
-def _spread(mask: Tensor, group: int) -> Tensor:
-    return mask if group == 1 else mask.repeat_interleave(group, 1)
 
 
 def _as_gate(mask: Tensor | None) -> Gate | None:

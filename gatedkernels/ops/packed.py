@@ -125,6 +125,28 @@ def spread(mask: Tensor, channels: int) -> Tensor:
     return mask if mask.shape[1] == channels else mask.repeat_interleave(channels // mask.shape[1], 1)
 
 
+def _residual(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    tiles1: Tensor | None,
+    tiles2: Tensor | None,
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+    mask: Tensor,
+    stride: int,
+) -> Tensor:
+    residual = x
+    if shortcut_weight is not None and shortcut_bias is not None:
+        residual = _packed_conv2d(
+            x, shortcut_weight, shortcut_bias, None, None, None, len(shortcut_bias), stride, relu=False
+        )
+    opened = spread(mask, len(bias1))
+    return _packed_block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, opened, residual, stride)
+
+
 def _packed_residual(
     x: Tensor,
     gate_weight1: Tensor,
@@ -143,13 +165,8 @@ def _packed_residual(
     stride: int,
 ) -> tuple[Tensor, Tensor]:
     decided = channel_gate_reference(x, gate_weight1, gate_bias1, gate_weight2, gate_bias2)
-    residual = x
-    if shortcut_weight is not None and shortcut_bias is not None:
-        residual = _packed_conv2d(
-            x, shortcut_weight, shortcut_bias, None, None, None, len(shortcut_bias), stride, relu=False
-        )
-    opened = spread(decided if mask is None else mask, len(bias1))
-    return _packed_block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, opened, residual, stride), decided
+    weights = weight1, bias1, weight2, bias2, tiles1, tiles2, shortcut_weight, shortcut_bias
+    return _residual(x, *weights, decided if mask is None else mask, stride), decided
 
 
 def _packed_pool(x: Tensor) -> Tensor:
@@ -177,16 +194,11 @@ def _packed_network(
     ).to(images.dtype)
     for i, (mask, stride) in enumerate(zip(masks, strides, strict=True)):
         own = cast(list[Any], parts[12 * i : 12 * (i + 1)])
-        gate, (weight1, bias1, weight2, bias2, tiles1, tiles2), (weight, bias) = own[:4], own[4:10], own[10:]
-        if gate[0] is None:
-            opened = torch.ones(len(x), len(weight1), dtype=torch.bool, device=x.device)
-        else:
-            opened = channel_gate_reference(x, *gate)
-        opened = opened if mask is None else mask
-        residual = x
-        if weight is not None:
-            residual = _packed_conv2d(x, weight, bias, None, None, None, len(bias), stride, relu=False)
-        x = _packed_block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, opened, residual, stride)
+        gate, weights = own[:4], own[4:]
+        if mask is None and gate[0] is None:
+            mask = torch.ones(len(x), len(weights[0]), dtype=torch.bool, device=x.device)
+        opened = channel_gate_reference(x, *gate) if mask is None else mask
+        x = _residual(x, *weights, mask=opened, stride=stride)
     return _packed_pool(x)
 
 
@@ -257,11 +269,8 @@ def residual_on_gpu(
         return _packed_residual(x, *layers, *weights, tiles1, tiles2, *shortcut, mask, stride)
     from gatedkernels.ops.ragged import gated
 
-    residual = x
-    if shortcut_weight is not None and shortcut_bias is not None:
-        residual = gated.packed_shortcut(x, shortcut_weight, shortcut_bias, stride)
     given = None if mask is None else spread(mask, len(bias1))
-    return gated.packed_residual(x, layers, *weights, given, residual, (stride, stride))[:2]
+    return gated.packed_residual(x, layers, *weights, given, *shortcut, stride)[:2]
 
 
 def holds_gate(x: Tensor, layers: Sequence[Tensor]) -> bool:

@@ -82,13 +82,8 @@ def summed_on_gpu(
         return _summed(x, sums, *layers, *weights, *shortcut, mask, stride)
     from gatedkernels.ops.ragged import gated  # importing the package imports no Triton
 
-    residual = x
-    if shortcut_weight is not None and shortcut_bias is not None:
-        residual = gated.packed_shortcut(x, shortcut_weight, shortcut_bias, stride)
     given = None if mask is None else spread(mask, len(bias1))
-    y, decided, left = gated.packed_residual(
-        x, layers, *weights, given, residual, (stride, stride), sums, summed=True
-    )  # fmt: skip
+    y, decided, left = gated.packed_residual(x, layers, *weights, given, *shortcut, stride, sums, summed=True)
     assert left is not None
     return y, decided, left
 

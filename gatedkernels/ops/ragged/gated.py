@@ -27,7 +27,7 @@ from gatedkernels.ops.ragged.launch import (
     weight_gradient,
 )
 
-_POINT = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation and groups of a linear layer
+POINT = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation and groups of a linear layer
 
 
 def rows(weight: Tensor, listed_inputs: bool) -> Tensor:
@@ -88,7 +88,7 @@ def gated_conv2d(
     flag: Any = CONV_FLAG,
 ) -> Tensor:
     """The gated convolution of any geometry without groups."""
-    _one_group(groups)
+    one_group(groups)
     size = arguments.output_size(x, weight, stride, padding, dilation)
     y = _images(x, weight, size)
     ins, x = _listed(x, in_mask)
@@ -115,7 +115,7 @@ def gated_conv2d_backward(
     flag: Any = CONV_FLAG,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias; with ``dense_input_grad`` that of x as if no input were closed."""
-    _one_group(groups)
+    one_group(groups)
     dx = dweight = dbias = None
     if output_mask[0]:
         # dx is a ragged convolution of dy: its listed inputs are the open outputs, and the other way round. A stride
@@ -185,19 +185,23 @@ def packed_residual(
     weight2: Tensor,
     bias2: Tensor,
     mask: Tensor | None,
-    residual: Tensor,
-    stride: Sequence[int],
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+    stride: int,
     sums: Tensor | None = None,
     summed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``packed_block`` with its gate, and what that decided: three launches, or four with a given mask.
+    """``packed_block`` with its gate and shortcut, and what the gate decided.
+
+    Three launches, or four with a given mask, and one for a shortcut that convolves.
 
     The gate looks at ``sums`` of the images' pixels, where the block before left them; ``summed``: leave such, too.
     """
     block = Block(weight1.permute(0, 3, 1, 2), bias1, weight2, bias2, len(bias2))
     looked_at, area = (x, None) if sums is None else (sums, x.shape[2] * x.shape[3])
     decided, lists = channel_gate(looked_at, layers, len(bias1) // len(layers[3]), mask is None, area)
-    y, left = block.run(x, lists if mask is None else plan(mask), residual, stride, summed=summed)
+    residual = _residual(x, shortcut_weight, shortcut_bias, stride)
+    y, left = block.run(x, lists if mask is None else plan(mask), residual, (stride, stride), summed=summed)
     return y, decided, left
 
 
@@ -219,9 +223,7 @@ def packed_coded_residual(
     Three launches, or four where images are small and samples of one code share what is fetched.
     """
     decided = code_gate(x, layers)
-    residual = x
-    if shortcut_weight is not None and shortcut_bias is not None:
-        residual = packed_shortcut(x, shortcut_weight, shortcut_bias, stride)
+    residual = _residual(x, shortcut_weight, shortcut_bias, stride)
     block = Block(weight1.permute(0, 3, 1, 2), bias1, weight2, bias2, len(bias2))
     codes = decided if codes is None else codes
     shared = max(1, min(together(residual.shape[2] * residual.shape[3]), x.shape[0]))
@@ -230,8 +232,10 @@ def packed_coded_residual(
     return block.run(x, lists, residual, (stride, stride), shared, groups)[0], decided
 
 
-def packed_shortcut(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    """The dense convolution of a shortcut, from blocks (⌈K / 32⌉, C, S, S, 32)."""
+def _residual(x: Tensor, weight: Tensor | None, bias: Tensor | None, stride: int) -> Tensor:
+    """What a block adds to its result: x, or the dense convolution of a shortcut from (⌈K / 32⌉, C, S, S, 32)."""
+    if weight is None or bias is None:
+        return x
     size = [(length - 1) // stride + 1 for length in x.shape[2:]]
     y = x.new_empty((x.shape[0], *size, len(bias))).permute(0, 3, 1, 2)
     padding = (weight.shape[2] // 2,) * 2
@@ -306,7 +310,7 @@ def gated_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_mask: Tensor | None, out_mask: Tensor | None
 ) -> Tensor:
     """The gated linear layer of (masks, tokens of a mask, C): a 1×1 convolution of images one pixel wide."""
-    y = gated_conv2d(_as_images(x), _as_filters(weight), bias, in_mask, out_mask, *_POINT, LINEAR_FLAG)
+    y = gated_conv2d(as_images(x), as_filters(weight), bias, in_mask, out_mask, *POINT, LINEAR_FLAG)
     return y.squeeze(3).transpose(1, 2)
 
 
@@ -321,8 +325,8 @@ def gated_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, likewise."""
     dx, dweight, dbias = gated_conv2d_backward(
-        _as_images(dy), _as_images(x), _as_filters(weight), in_mask, out_mask,
-        *_POINT, dense_input_grad, output_mask, LINEAR_FLAG,
+        as_images(dy), as_images(x), as_filters(weight), in_mask, out_mask,
+        *POINT, dense_input_grad, output_mask, LINEAR_FLAG,
     )  # fmt: skip
     return (
         None if dx is None else dx.squeeze(3).transpose(1, 2),
@@ -331,11 +335,13 @@ def gated_linear_backward(
     )
 
 
-def _as_images(tokens: Tensor) -> Tensor:
+def as_images(tokens: Tensor) -> Tensor:
+    """Tokens (N, T, C) as images one pixel wide."""
     return tokens.transpose(1, 2).unsqueeze(3)
 
 
-def _as_filters(weight: Tensor) -> Tensor:
+def as_filters(weight: Tensor) -> Tensor:
+    """The weight of a linear layer as 1×1 filters."""
     return weight[:, :, None, None]
 
 
@@ -353,6 +359,7 @@ def _listed(x: Tensor, mask: Tensor | None) -> tuple[List, Tensor]:
     return channels, pack(x, channels)
 
 
-def _one_group(groups: int) -> None:
+def one_group(groups: int) -> None:
+    """Refuse what the kernels do not serve."""
     if groups != 1:
         raise ValueError(f"backend 'triton' serves groups 1, got {groups}")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._select import select
-from gatedkernels.ops.ragged.gated import rows
+from gatedkernels.ops.ragged.gated import POINT, as_filters, as_images, one_group, rows
 from gatedkernels.ops.ragged.launch import (
     ALL,
     CONV_FLAG,
@@ -18,8 +18,6 @@ from gatedkernels.ops.ragged.launch import (
     weight_gradient,
 )
 from gatedkernels.ops.sliced_conv2d.reference import prefix
-
-_POINT = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation and groups of a linear layer
 
 
 def sliced_conv2d(
@@ -35,7 +33,7 @@ def sliced_conv2d(
     flag: Any = CONV_FLAG,
 ) -> Tensor:
     """One launch: nothing is planned, packed or gathered, and widths stay on the device."""
-    _one_group(groups)
+    one_group(groups)
     size = arguments.output_size(x, weight, stride, padding, dilation)
     ins, outs = _counts(in_width, x.shape[1]), _counts(out_width, weight.shape[0])
     return convolve(
@@ -58,7 +56,7 @@ def sliced_conv2d_backward(
     flag: Any = CONV_FLAG,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias: that of x is the same launch with the widths exchanged."""
-    _one_group(groups)
+    one_group(groups)
     dx = dweight = dbias = None
     if output_mask[0]:
         ins, outs = _counts(out_width, weight.shape[0]), _counts(in_width, x.shape[1])
@@ -82,7 +80,7 @@ def sliced_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_width: Tensor | None, out_width: Tensor | None
 ) -> Tensor:
     """The sliced linear layer of samples (N, tokens, C): a 1×1 convolution of images one pixel wide."""
-    y = sliced_conv2d(_as_images(x), _as_filters(weight), bias, in_width, out_width, *_POINT, LINEAR_FLAG)
+    y = sliced_conv2d(as_images(x), as_filters(weight), bias, in_width, out_width, *POINT, LINEAR_FLAG)
     return y.squeeze(3).transpose(1, 2)
 
 
@@ -96,7 +94,7 @@ def sliced_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, likewise."""
     dx, dweight, dbias = sliced_conv2d_backward(
-        _as_images(dy), _as_images(x), _as_filters(weight), in_width, out_width, *_POINT, output_mask, LINEAR_FLAG
+        as_images(dy), as_images(x), as_filters(weight), in_width, out_width, *POINT, output_mask, LINEAR_FLAG
     )
     return (
         None if dx is None else dx.squeeze(3).transpose(1, 2),
@@ -118,16 +116,3 @@ def _shared(x: Tensor, ins: List, outs: List) -> int:
 def _images(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     """Memory for channels-last images."""
     return x.new_empty((x.shape[0], *size, channels)).permute(0, 3, 1, 2)
-
-
-def _as_images(tokens: Tensor) -> Tensor:
-    return tokens.transpose(1, 2).unsqueeze(3)
-
-
-def _as_filters(weight: Tensor) -> Tensor:
-    return weight[:, :, None, None]
-
-
-def _one_group(groups: int) -> None:
-    if groups != 1:
-        raise ValueError(f"backend 'triton' serves groups 1, got {groups}")
