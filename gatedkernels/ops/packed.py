@@ -198,7 +198,7 @@ def _packed_network(
         if mask is None and gate[0] is None:
             mask = torch.ones(len(x), len(weights[0]), dtype=torch.bool, device=x.device)
         opened = channel_gate_reference(x, *gate) if mask is None else mask
-        x = _residual(x, *weights, mask=opened, stride=stride)
+        x = _residual(*[x, *weights, opened, stride])
     return _packed_pool(x)
 
 
