@@ -29,7 +29,8 @@ double measure(int samples, const Run& run) {
 }
 
 constexpr int N = 16;
-constexpr int kShapes[][2] = {{64, 32}, {128, 16}, {256, 8}, {512, 4}, {64, 56}, {128, 28}, {256, 14}, {512, 7}};
+constexpr int kShapes[][2] = {{64, 32}, {128, 16}, {256, 8}, {512, 4}, {64, 56}, {128, 28}, {256, 14},
+                              {512, 7}, {64, 34}, {128, 17}, {256, 9}};
 
 // `count` channels of C for every sample, in order.
 std::vector<std::vector<int32_t>> draw_channels(int C, int count) {
