@@ -16,16 +16,17 @@ constexpr int64_t kTogether = 12;  // output channels of an item: whole tiles of
 // Filters [from, to) of any strides as rows (S, S, C), of their first `most` channels.
 void turn(const Tensor& weight, int64_t from, int64_t to, int64_t most, float* rows) {
   const int64_t C = weight.size(1), T = weight.size(3), taps = weight.size(2) * T;
-  const int64_t sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
-  const bool contiguous = sc == taps && sr == T && ss == 1;
-  for (int64_t k = from; k < to; ++k, rows += taps * C) {
-    const float* filter = floats(weight) + k * weight.stride(0);
-    if (contiguous) {
-      transpose(filter, rows, most, taps, 0, taps, C);
-      continue;
-    }
+  const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
+  const float* filters = floats(weight) + from * sk;
+  if (sc == taps && sr == T && ss == 1) {
+    for (int64_t k = 0; k < to - from; ++k) transpose(filters + k * sk, rows + k * taps * C, most, taps, 0, taps, C);
+    return;
+  }
+  // In this order for mirrored ones, whose input and output channels are exchanged: they lie side by side in memory.
+  for (int64_t c = 0; c < most; ++c) {
     for (int64_t t = 0; t < taps; ++t) {
-      for (int64_t c = 0; c < most; ++c) rows[t * C + c] = filter[t / T * sr + t % T * ss + c * sc];
+      const float* tap = filters + c * sc + t / T * sr + t % T * ss;
+      for (int64_t k = 0; k < to - from; ++k) rows[(k * taps + t) * C + c] = tap[k * sk];
     }
   }
 }

@@ -4,9 +4,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-
-from gatedkernels.ops._arguments import recorded
 
 Width = int | Tensor | None
 # Some samples of a batch: neighbours as a slice, whose views cost nothing, others by their numbers.
@@ -56,20 +53,6 @@ def equal_widths(
         first, last = members[0], members[-1]
         together = last - first + 1 == len(members)
         yield (slice(first, last + 1) if together else torch.tensor(members)), ins, outs
-
-
-def first(weight: Tensor, outs: int, ins: int) -> Tensor:
-    """The weights of the first outputs and inputs, a weight's first two dimensions.
-
-    For autograd they are a copy by way of negative padding: its gradient is made in one pass and in the weight's own
-    layout, where those of two slices take two, and a third that turns channels-last filters round.
-    """
-    if weight.shape[:2] == (outs, ins):
-        return weight
-    if torch.compiler.is_compiling() or not recorded(weight):
-        return weight[:outs, :ins]
-    beyond = ins - weight.shape[1], outs - weight.shape[0]
-    return pad(weight, (*(0,) * (2 * weight.ndim - 4), 0, beyond[0], 0, beyond[1]))
 
 
 def take(x: Tensor, samples: Samples, dim: int, width: int) -> Tensor:

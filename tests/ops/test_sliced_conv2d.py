@@ -113,15 +113,6 @@ def test_any_geometry(backend: str, case: str, images, compare):
         compare(run, expected, [images((2, c, 9, 11)), weight, bias], rounding=2)
 
 
-def test_the_gradient_of_sliced_filters_has_their_layout():
-    for form in (torch.contiguous_format, torch.channels_last):
-        weight = torch.randn(16, 12, 3, 3).contiguous(memory_format=form).requires_grad_()
-        y = gk.sliced_conv2d(torch.randn(2, 12, 5, 5), weight, None, 8, 6, padding=1)
-        (gradient,) = torch.autograd.grad(y.square().sum(), weight)
-        assert gradient.is_contiguous(memory_format=form)
-        assert gradient[:6, :8].all() and not gradient[6:].any() and not gradient[:, 8:].any()
-
-
 def test_a_depthwise_slice_runs_as_few_groups(monkeypatch: pytest.MonkeyPatch):
     seen = []
 

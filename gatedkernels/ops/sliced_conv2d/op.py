@@ -12,7 +12,7 @@ from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._autograd import differentiate_once
 from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require
 from gatedkernels.ops._known import KnownCalls
-from gatedkernels.ops._widths import Width, check_width, equal_widths, first, put, take
+from gatedkernels.ops._widths import Width, check_width, equal_widths, put, take
 from gatedkernels.ops.sliced_conv2d.reference import sliced_conv2d_backward_reference, sliced_conv2d_reference
 
 Sliced = tuple[Tensor, Tensor, Tensor | None, int]
@@ -41,7 +41,7 @@ def _slice(x: Tensor, weight: Tensor, bias: Tensor | None, outs: int, groups: in
     """What computes the first ``outs`` outputs, and maybe some more, from x (N, ins, H, W): as few groups as do."""
     ins = x.shape[1]
     if groups == 1:
-        return x, first(weight, outs, ins), None if bias is None else bias[:outs], 1
+        return x, weight[:outs, :ins], None if bias is None else bias[:outs], 1
     group_ins, group_outs = weight.shape[1], weight.shape[0] // groups
     groups = max(_ceil_div(ins, group_ins), _ceil_div(outs, group_outs))
     if groups * group_ins != ins:  # a group whose inputs are there in part

@@ -11,7 +11,7 @@ from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._autograd import differentiate_once
 from gatedkernels.ops._backends import Backend, refuse, require
-from gatedkernels.ops._widths import Width, check_width, equal_widths, first, put, take
+from gatedkernels.ops._widths import Width, check_width, equal_widths, put, take
 from gatedkernels.ops.sliced_linear.reference import sliced_linear_backward_reference, sliced_linear_reference
 
 
@@ -213,7 +213,7 @@ def sliced_linear(
     outs, out_widths = check_width("out_width", out_width, weight.shape[0], x)
     if backend != "auto":
         require(backend, LAUNCHERS, x)
-    x, weight, bias = x[..., :ins], first(weight, outs, ins), None if bias is None else bias[:outs]
+    x, weight, bias = x[..., :ins], weight[:outs, :ins], None if bias is None else bias[:outs]
     if in_widths is None and out_widths is None and backend in ("auto", "dense"):
         return linear(x, weight, bias).contiguous()
     arguments.refuse_tangents(x, weight, bias)
