@@ -65,7 +65,7 @@ class Block {
       offset_[n + 1] = offset_[n] + (kept ? hidden : count) * plane;
       const bool tiled = !far || 4 * count >= 3 * hidden;
       tiled1_[n] = tiled && weights1.transformed && out_tiles_pay(grid1_, count);
-      tiled2_[n] = tiled && weights2.transformed && in_tiles_pay(grid2_, count);
+      tiled2_[n] = tiled && weights2.transformed && in_tiles_pay(grid2_, count, N_, pixels * conv2_.K);
     }
     if (shortcut) {
       shortcut_ = in_conv(x, geometry(x, 1, stride), shortcut->weight, shortcut->bias, conv2_.K, true, false);
