@@ -189,7 +189,7 @@ def network_rows(seconds: float, pattern: str) -> Iterator[tuple[object, ...]]:
 
 
 def training_rows(batch: int, seconds: float) -> Iterator[tuple[object, ...]]:
-    """Iterations of US3L: how many times as long they take as one at full width, and the sum of their widths squared."""
+    """Iterations of US3L: how many times as long as at full width they take, and the sum of their widths squared."""
     times = iteration_times(batch, seconds)
     for widths, taken in zip(ITERATIONS, times, strict=True):
         ratio, work = Ratio.of(taken, times[0]), sum(width * width for width in widths)

@@ -73,7 +73,8 @@ bool sliced_tiles_pay(const Tensor& x, const Tensor& weight, int64_t stride, con
   const int64_t C = x.size(1), K = weight.size(0), most = ins ? ins->most() : C;
   if (weight.size(2) != 3 || stride != 1) return false;
   const TileGrid grid(geometry(x, 3, 1));
-  if (!in_tiles_pay(grid, static_cast<int32_t>(most))) return false;
+  const int64_t image = C * x.size(2) * x.size(3);
+  if (!in_tiles_pay(grid, static_cast<int32_t>(most), x.size(0), image)) return false;
   double pairs = 0;
   for (int64_t n = 0; n < x.size(0); ++n) {
     pairs += static_cast<double>(ins ? ins->count[n] : C) * static_cast<double>(outs ? outs->count[n] : K);

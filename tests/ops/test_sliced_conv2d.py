@@ -357,14 +357,14 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str):
 
 
 @needs_cpu
-@pytest.mark.parametrize("shape", [SHAPES[0], *SHAPES[2:8], (16, 64, 32, 16, 16, 1, 1)], ids=str)  # the last one in blocks
+@pytest.mark.parametrize("shape", [SHAPES[0], *SHAPES[2:8], (16, 64, 32, 16, 16, 1, 1)], ids=str)
 def test_a_width_is_a_plan_without_a_list(shape: Sequence[int], images):
     """One mechanism: the gated convolution of masks that are prefixes has lists, and the same bits."""
     n, c, k, h, w, side, stride = shape
     x, (weight, bias) = images((n, c, h, w), "channels_last"), make_weights(k, c, side, side)
     options = {"stride": stride, "padding": side // 2, "backend": "cpu"}
     ins, outs = widths(n, c), widths(n, k)
-    in_blocks = n * h * w > 2048
+    in_blocks = n * h * w > 2048  # the other kernel
     sliced = gk.sliced_conv2d(x, weight, bias, ins, None if in_blocks else outs, **options)
     gated = gk.gated_conv2d(x, weight, bias, prefix(ins, c), None if in_blocks else prefix(outs, k), **options)
     assert torch.equal(sliced, gated)
