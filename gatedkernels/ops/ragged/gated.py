@@ -10,12 +10,15 @@ from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._select import select
 from gatedkernels.ops.channel_gate.launch import channel_gate, code_gate
 from gatedkernels.ops.ragged.configurations import together
-from gatedkernels.ops.ragged.groups import equal_groups, similar_groups
+from gatedkernels.ops.ragged.groups import equal_groups
+from gatedkernels.ops.ragged.groups import similar as similar_plan
+from gatedkernels.ops.ragged.groups_reference import similar_groups_reference
 from gatedkernels.ops.ragged.launch import (
     ALL,
     AS_THEY_ARE,
     CONV_FLAG,
     LINEAR_FLAG,
+    Complete,
     Groups,
     List,
     channels_dense,
@@ -156,10 +159,16 @@ def gated_block(
     with ``similar`` samples of similar masks, wherever they are.
     """
     shared = max(1, min(shared, x.shape[0]))
-    groups = similar_groups(mask, shared) if similar and shared > 1 else AS_THEY_ARE
     gate = None if shared == 1 else mask.contiguous()
     block = Block(rows(weight1, False), bias1, rows(weight2, True), bias2, weight2.shape[0])
-    return block.run(x, plan(mask, shared, groups.order), residual, stride, shared, groups, gate)[0]
+    if similar and shared > 1:
+        found = similar_plan(mask, shared)
+        if found is not None:
+            groups, complete = found.groups, found.complete
+            return block.run(x, found.lists, residual, stride, shared, groups, gate, complete=complete)[0]
+        groups = Groups(similar_groups_reference(mask, shared))
+        return block.run(x, plan(mask, shared, groups.order), residual, stride, shared, groups, gate)[0]
+    return block.run(x, plan(mask, shared), residual, stride, shared, gate=gate)[0]
 
 
 def packed_block(
@@ -287,13 +296,17 @@ class Block(NamedTuple):
         groups: Groups = AS_THEY_ARE,
         gate: Tensor | None = None,
         summed: bool = False,
+        complete: Complete | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Two launches: the listed hidden channels, packed, and the outputs from these; ``summed``: with their sums."""
+        """Two launches: the listed hidden channels, packed, and the outputs from these; ``summed``: with their sums.
+
+        ``complete`` completes the list, see `convolve`.
+        """
         size = arguments.output_size(x, self.weight1, stride, (1, 1), (1, 1))
         hidden = convolve(
             channels_dense(x), self.weight1, self.bias1, packed_like(x, self.weight1.shape[0], *size),
             outs=hidden_list, stride=stride, padding=(1, 1), relu=True, packed_out=True,
-            shared=shared, groups=groups, gate=gate,
+            shared=shared, groups=groups, gate=gate, complete=complete,
         )  # fmt: skip
         y = x.new_empty((x.shape[0], *size, self.channels)).permute(0, 3, 1, 2)
         if residual is not None and residual.stride() != y.stride():
