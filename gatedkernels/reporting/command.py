@@ -61,7 +61,12 @@ def report(run: Path, *, device: str = "cpu", batch_sizes: Sequence[int] = (1, 1
     try:
         write_json(
             run / f"{stem}.json",
-            {"latency": rows, "layers": [table.to_dict() for table in layers], "thresholds": policy.in_effect()},
+            {
+                "latency": rows,
+                "layers": [table.to_dict() for table in layers],
+                "thresholds": policy.in_effect(),
+                "tiles": tiles_in_effect(),
+            },
         )
         write_atomically(run / f"{stem}.md", lambda path: path.write_text(f"{text}\n"))
         write_atomically(run / f"{stem}.png", lambda path: speedup_plot(rows, path))

@@ -145,7 +145,7 @@ def convolve(
         relu: Apply a ReLU.
         residual: Added before the ReLU, layout of ``y``.
         gate: Bool (N, K), contiguous: listed outputs that are zero all the same.
-        sums: Filled with sums of pixels of ``y``, from ``sums_like``: all channels are written, groups are samples.
+        sums: Filled with sums of pixels of ``y``, from ``sums_like``: groups are samples, which list all outputs or none.
         packed_in: The listed channels of ``x`` lie side by side, with zeros up to the next step. If not, and ``ins``
             has an index, they lie side by side and nothing behind them is read.
         packed_out: Write the listed channels side by side; else each at its place, and zeros elsewhere.
@@ -170,7 +170,7 @@ def convolve(
     )  # fmt: skip
     if shape.groups * shape.pixels * out_channels == 0:
         return y
-    assert sums is None or (shared == 1 and groups.order is None and not packed_out)
+    assert sums is None or (shared == 1 and groups.order is None)
     assert (x.stride(1) == 1 or in_channels == 1) and (y.stride(1) == 1 or out_channels == 1)
 
     def run(chosen: Configuration) -> None:
