@@ -225,7 +225,10 @@ def schedule(listed: str) -> Case:
 
 
 # Samples, channels and samples a group of the plans for similar masks that are compiled; and which of them daily.
-SIMILAR = {"256 x 512": (256, 512, 8, True), "widest": (1024, 2048, 8, False), "narrow": (16, 64, 2, False)}
+SIMILAR = {
+    **{"256 x 512": (256, 512, 8, False), "64 x 128": (64, 128, 4, True)},
+    **{"widest": (1024, 2048, 8, False), "narrow": (16, 64, 2, False)},
+}
 
 
 def similar_cases() -> Iterator[Case]:

@@ -37,8 +37,10 @@ from gatedkernels.reporting.machine import versions
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = tuple(
     f"tests/ops/test_{name}.py"
-    for name in ("triton_kernels", "triton_schedules", "gate_kernels", "switch_kernels", "sliced_kernels", "similar_kernels",
-                 "triton_cuda")
+    for name in (
+        *("triton_kernels", "triton_operators", "triton_schedules", "triton_cuda"),
+        *("gate_kernels", "switch_kernels", "sliced_kernels", "similar_kernels"),
+    )
 )
 
 _AGREEMENT = 0.02  # between two results in bfloat16

@@ -15,7 +15,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 INTERPRETED_FILES = [
     f"test_{name}.py"
-    for name in ("triton_kernels", "triton_schedules", "gate_kernels", "switch_kernels", "sliced_kernels", "similar_kernels")
+    for name in (
+        *("triton_kernels", "triton_operators", "triton_schedules"),
+        *("gate_kernels", "switch_kernels", "sliced_kernels", "similar_kernels"),
+    )
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
