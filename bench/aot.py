@@ -226,8 +226,10 @@ def schedule(listed: str) -> Case:
 
 # Samples, channels and samples a group of the plans for similar masks that are compiled; and which of them daily.
 SIMILAR = {
-    **{"256 x 512": (256, 512, 8, False), "64 x 128": (64, 128, 4, True)},
-    **{"widest": (1024, 2048, 8, False), "narrow": (16, 64, 2, False)},
+    "narrow": (16, 64, 2, False),
+    "64 x 128": (64, 128, 4, True),
+    "256 x 512": (256, 512, 8, False),
+    "widest": (1024, 2048, 8, False),
 }
 
 
@@ -238,10 +240,9 @@ def similar_cases() -> Iterator[Case]:
         assert constants is not None
         pointers = {"mask": "*i1", "words": "*i32", "keys": "*i64", "order": "*i32", "count": "*i32"}
         kernel = similar_kernels.order_kernel
-        yield Case(
-            f"order of similar masks, {size}", kernel, pointers, {**constants, "stride_c": 1}, similar_kernels.warps(samples, channels), 1,
-            daily=daily,
-        )  # fmt: skip
+        constants["stride_c"] = 1
+        warps = similar_kernels.warps(samples, channels)
+        yield Case(f"order of similar masks, {size}", kernel, pointers, constants, warps, 1, daily=daily)
     pointers = dict.fromkeys(("words", "order", "count", "index"), "*i32")
     sizes = {"WORDS": 16, "CHUNK": 512, "TILE_ROWS": 128, "TILE_CHANNELS": 64, "TILE_CHUNK": similar_kernels.TILE_CHUNK}
     kernel = similar_kernels.union_kernel

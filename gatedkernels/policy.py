@@ -243,9 +243,7 @@ _DENSE = Choice("dense", 1.0)
 
 def _found_on(device: torch.device, kernel: str, kind: str, weight: Tensor, pixels: int) -> Choice:
     """What was measured on a GPU for a kind of calls."""
-    known = thresholds.find(
-        measured_on(device), kind, thresholds.channel_class(weight), thresholds.pixel_class(pixels)
-    )
+    known = thresholds.find(measured_on(device), kind, thresholds.channel_class(weight), thresholds.pixel_class(pixels))
     threshold = known or 0.0
     serves = threshold >= 1 or (threshold > 0 and kernel in SWITCHED and can_switch(weight.shape[0]))
     return Choice("triton", threshold) if serves else _DENSE

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from gatedkernels import policy
 from gatedkernels.inference import optimize
-from gatedkernels.reporting.doctor import examine, render
+from gatedkernels.reporting.doctor import examine, render, tiles_in_effect
 from gatedkernels.reporting.latency import latency_rows
 from gatedkernels.reporting.plot import speedup_plot
 from gatedkernels.reporting.report import report as report_layers

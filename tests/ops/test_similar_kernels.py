@@ -146,8 +146,8 @@ def test_the_plan_is_two_launches(monkeypatch: pytest.MonkeyPatch):
             monkeypatch.setattr(module, name, Recorder(name))
     launch.set_chooser(lambda shape, run: Configuration(Tile(16, 32, 16, 4, 2), programs=int(shape.packed)))
     try:
-        tensors = [torch.empty(shape, device=DEVICE) for shape in ((6, 16, 4, 4), (16, 16, 3, 3), (16,), (16, 16, 3, 3))]
-        gated_block(*tensors, None, draw(6, 16, 0.5), None, (1, 1), 2, similar=True)
+        x, weight, bias = (torch.empty(shape, device=DEVICE) for shape in ((6, 16, 4, 4), (16, 16, 3, 3), (16,)))
+        gated_block(x, weight, bias, weight, None, draw(6, 16, 0.5), None, (1, 1), 2, similar=True)
     finally:
         launch.set_chooser(None)
     assert launched == ["order_kernel", "union_kernel", "ragged_conv_kernel", "ragged_conv_kernel"]

@@ -1,4 +1,4 @@
-"""The operators that Triton serves: registered, compiled, exported. On a GPU, or interpreted (test_triton.py starts it)."""
+"""The operators that Triton serves: registered, compiled, exported; on a GPU, or interpreted (see test_triton.py)."""
 
 import os
 from collections.abc import Callable

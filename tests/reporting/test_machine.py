@@ -74,7 +74,10 @@ def test_the_doctor_shows_tuned_tiles(tmp_path: Path, monkeypatch: pytest.Monkey
     assert facts() == {"file": str(tmp_path / "tiles.json"), "state": "none: gatedkernels tune"}
     assert doctor.tiles_in_effect() == {}
     save("another GPU", {"a shape": Configuration(Tile(16, 32, 16, 4, 2))})
-    save("this GPU", {"one": Configuration(Tile(64, 32, 16, 4, 3), splits=2), "two": Configuration(Tile(16, 32, 16, 4, 2))})
+    save(
+        "this GPU",
+        {"one": Configuration(Tile(64, 32, 16, 4, 3), splits=2), "two": Configuration(Tile(16, 32, 16, 4, 2))},
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(doctor, "gpu", lambda: torch.device("cpu"))
     monkeypatch.setattr(doctor.policy, "measured_on", lambda device: {})

@@ -15,7 +15,6 @@ from gatedkernels.ops.ragged.groups_reference import equal_groups_reference
 from gatedkernels.ops.ragged.launch import Groups, List, chunk_of, tile_numbers
 
 
-
 class Similar(NamedTuple):
     """A plan for groups of similar samples, of which the second launch is still to come: `complete`.
 
@@ -42,20 +41,21 @@ class Similar(NamedTuple):
         """
         index, count = self.lists
         assert index is not None and count is not None
-        tile, channels = chosen.tile, index.shape[1]
+        tile, channels, groups = chosen.tile, index.shape[1], len(count)
         tiles = tile_numbers(shape, tile, count.device) if chosen.programs else None
+        chunk = min(1024, max(16, triton.next_power_of_2(channels)))
         with torch.cuda.device_of(count):
-            similar_kernels.union_kernel[(len(count),)](
-                self.words, self.groups.order, count, index, tiles, self.samples, channels, self.shared, len(count),
+            similar_kernels.union_kernel[(groups,)](
+                self.words, self.groups.order, count, index, tiles, self.samples, channels, self.shared, groups,
                 shape.pixels // self.shared, triton.cdiv(shape.pixels, tile.rows), triton.cdiv(channels, tile.channels),
-                WORDS=self.words.shape[1], CHUNK=min(1024, max(16, triton.next_power_of_2(channels))),
-                TILE_ROWS=tile.rows, TILE_CHANNELS=tile.channels, TILE_CHUNK=min(chunk_of(len(count)), similar_kernels.TILE_CHUNK), num_warps=4,
+                WORDS=self.words.shape[1], CHUNK=chunk, TILE_ROWS=tile.rows, TILE_CHANNELS=tile.channels,
+                TILE_CHUNK=min(chunk_of(groups), similar_kernels.TILE_CHUNK), num_warps=4,
             )  # fmt: skip
         return tiles
 
 
 def similar(mask: Tensor, shared: int) -> Similar | None:
-    """Plan for groups of ``shared`` samples whose masks are alike, from one ordering of all: `similar_groups_reference`.
+    """Plan for groups of ``shared`` samples whose masks are alike, in the order of `similar_groups_reference`.
 
     What differs decides how much is computed, never what comes out. None: the batch, or its masks, are larger than what
     one program orders, or empty.

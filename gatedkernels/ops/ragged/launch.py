@@ -145,7 +145,7 @@ def convolve(
         relu: Apply a ReLU.
         residual: Added before the ReLU, layout of ``y``.
         gate: Bool (N, K), contiguous: listed outputs that are zero all the same.
-        sums: Filled with sums of pixels of ``y``, from ``sums_like``: groups are samples, which list all outputs or none.
+        sums: Filled with sums of pixels of ``y``, from ``sums_like``: groups are samples, and list all outputs or none.
         packed_in: The listed channels of ``x`` lie side by side, with zeros up to the next step. If not, and ``ins``
             has an index, they lie side by side and nothing behind them is read.
         packed_out: Write the listed channels side by side; else each at its place, and zeros elsewhere.

@@ -52,9 +52,7 @@ def packed_residual(
     decided, lists = channel_gate(looked_at, layers, len(bias1) // len(layers[3]), mask is None, area)
     residual = _residual(x, shortcut_weight, shortcut_bias, stride)
     lists, opened = (lists, decided) if mask is None else (plan(mask), mask)
-    y, left = _run(
-        _block(weight1, bias1, weight2, bias2), x, lists, opened, residual, (stride, stride), summed
-    )
+    y, left = _run(_block(weight1, bias1, weight2, bias2), x, lists, opened, residual, (stride, stride), summed)
     return y, decided, left
 
 

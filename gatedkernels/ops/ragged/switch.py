@@ -14,7 +14,16 @@ from torch import Tensor
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops.ragged import switch_kernels
 from gatedkernels.ops.ragged.gated import POINT, Block, as_filters, as_images, rows
-from gatedkernels.ops.ragged.launch import CONV_FLAG, LINEAR_FLAG, List, channels_dense, convolve, packed_like, plan, sums_like
+from gatedkernels.ops.ragged.launch import (
+    CONV_FLAG,
+    LINEAR_FLAG,
+    List,
+    channels_dense,
+    convolve,
+    packed_like,
+    plan,
+    sums_like,
+)
 
 
 class Sides(NamedTuple):
