@@ -77,7 +77,7 @@ def test_channels_that_are_closed_are_not_read():
         assert y.isfinite().all()
 
 
-@pytest.mark.parametrize("kernel", policy.SWITCHED)
+@pytest.mark.parametrize("kernel", ["gated_block", "conv_out"])
 def test_the_operators_follow_the_policy(kernel: str, monkeypatch: pytest.MonkeyPatch):
     n, c = 2, 16
     x, weight, bias, mask = randn(n, c, 4, 4), randn(c, c, 3, 3), randn(c), draw(n, c, 0.5)
