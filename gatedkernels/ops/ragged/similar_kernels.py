@@ -15,28 +15,30 @@ LANES = tl.constexpr(64)  # the next power of two above BITS
 WORD = tl.constexpr(32)  # channels of a word
 # What one program holds.
 MOST_SAMPLES, MOST_CHANNELS = 1024, 2048
-AT_ONCE = 8192  # bits that one step looks at
-TILE_CHUNK = 512  # groups that one step of the list of tiles looks at
+AT_ONCE = 1024  # bits that a warp looks at in one step
+FEW = 8192  # bits for which four warps are enough
+TILE_CHUNK = 256  # groups that one step of the list of tiles looks at
 
 
 def sizes(samples: int, channels: int, shared: int) -> dict[str, int] | None:
     """What ``order_kernel`` is specialised by; None where one program has no room, or nothing to do."""
     if not 0 < samples <= MOST_SAMPLES or not 0 < channels <= MOST_CHANNELS:
         return None
+    at_once = AT_ONCE * warps(samples, channels)
     rows, width = triton.next_power_of_2(samples), max(triton.next_power_of_2(channels), LANES.value)
     return {
         "SAMPLES": rows,
         "CHANNELS": width,
         "SHARED": triton.next_power_of_2(shared),
-        "PACKED": min(rows, AT_ONCE // width),
-        "SIGNED": min(rows, AT_ONCE // 2 // LANES.value),  # their sums are of 64 bits
-        "UNITED": min(triton.next_power_of_2(triton.cdiv(samples, shared)), AT_ONCE * WORD.value // width),
+        "PACKED": min(rows, at_once // width),
+        "SIGNED": min(rows, at_once // 2 // LANES.value),  # their sums are of 64 bits
+        "UNITED": min(triton.next_power_of_2(triton.cdiv(samples, shared)), at_once * WORD.value // width),
     }
 
 
 def warps(samples: int, channels: int) -> int:
     """Of ``order_kernel``."""
-    return 4 if samples * channels <= AT_ONCE else 8
+    return 4 if samples * channels <= FEW else 8
 
 
 @triton.jit
