@@ -123,9 +123,9 @@ def _run(case: Case, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, back
     if not case.kernel.endswith(TRAINING):
         return _forward(case, x, weight, bias, mask, backend, threshold)
     with torch.inference_mode(False), torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-        y = _forward(case, *leaves, mask, backend, threshold)
-        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        x, weight, bias = (tensor.detach().requires_grad_() for tensor in (x, weight, bias))
+        y = _forward(case, x, weight, bias, mask, backend, threshold)
+        gradients = torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y))
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
