@@ -146,7 +146,7 @@ Tensor dense_conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& bi
   Tensor images = in_best_layout(x, weight.numel(), 5);
   if (const MaybeTensor closed = closing(in_mask)) {
     images = in_layout(images, layout_like(images));
-    if (images.const_data_ptr() == x.const_data_ptr()) images = torch::stable::clone(images);
+    if (images.const_data_ptr() == x.const_data_ptr()) images = library_clone(images);
     finish(images, std::nullopt, closed, false);
   }
   Tensor y = convolve(images, weight, bias, stride);
