@@ -170,8 +170,9 @@ Tensor weight_blocks(const Tensor& weight, const Plan* plan, int64_t most) {
   torch::stable::parallel_for(0, blocks * strips, grain_of(kBlock * kTogether * taps), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / strips, first = i % strips * kTogether, last = std::min(first + kTogether, C);
-      const bool all = std::all_of(used.begin() + first, used.begin() + last, std::identity());
-      const bool whole = all && (block + 1) * kBlock <= K;
+      const int64_t open = std::count_if(used.begin() + first, used.begin() + last, std::identity());
+      if (open == 0) continue;
+      const bool whole = open == last - first && (block + 1) * kBlock <= K;
       if (in_rows && whole) {
         transpose_filters(weight, block * kBlock, first, last, to + (block * C + first) * taps * kBlock);
         continue;
