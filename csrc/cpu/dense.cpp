@@ -160,7 +160,8 @@ Tensor dense_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bi
   Tensor hidden = convolve(in_best_layout(x, weight1.numel() + weight2.numel(), 4), weight1, bias1, stride);
   finish(hidden, std::nullopt, closing(mask), true);
   Tensor y = convolve(hidden, weight2, bias2, 1);
-  const MaybeTensor skip = residual ? MaybeTensor(in_layout(*residual, layout_like(y))) : residual;
+  MaybeTensor skip;
+  if (residual) skip = in_layout(*residual, layout_like(y));
   STD_TORCH_CHECK(!skip || same_strides(*skip, y), "residual has the shape of the result");
   finish(y, skip, std::nullopt, true);
   return in_layout(y, format);
