@@ -21,6 +21,7 @@ using torch::headeronly::ScalarType;
 struct DtypeCodes {
   int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16();
   int32_t boolean = aoti_torch_dtype_bool(), int32 = aoti_torch_dtype_int32();
+  int32_t int64 = aoti_torch_dtype_int64();
 };
 inline const DtypeCodes kDtypeCodes;
 
@@ -41,6 +42,7 @@ class Tensor {
              : code == kDtypeCodes.bfloat16 ? ScalarType::BFloat16
              : code == kDtypeCodes.boolean  ? ScalarType::Bool
              : code == kDtypeCodes.int32    ? ScalarType::Int
+             : code == kDtypeCodes.int64    ? ScalarType::Long
                                             : ScalarType::Undefined;  // one that no kernel takes
   }
   Tensor(const Tensor& other)
