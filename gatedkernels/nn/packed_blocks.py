@@ -237,7 +237,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, branch: Branch | None) ->
 
 
 class PackedBottleneck(PackedResidual):
-    """A `GatedBottleneck` as a chain of gated convolutions."""
+    """A `GatedBottleneck` as one operation on CPUs, in float32; else, and where somebody listens, as its convolutions."""
 
     weight1: Tensor
     bias1: Tensor
@@ -267,6 +267,10 @@ class PackedBottleneck(PackedResidual):
         brought = mask or (None, None)
         self._check(x, branch, brought)
         x = self._as_computed(x)
+        if self._is_one(x):
+            y, mask1, mask2 = self._run(x, brought)
+            y = self._as_stored(y)
+            return (y, (_as_gate(mask1), _as_gate(mask2))) if return_gate else y
         mask1 = self._decide("gate1", x) if brought[0] is None else brought[0]
         open1 = None if mask1 is None else spread(mask1, self.shapes[0].out_channels)
         h = gated_conv2d(x, self.weight1, self.bias1, None, open1).relu_()
@@ -275,6 +279,35 @@ class PackedBottleneck(PackedResidual):
         h = self.conv2(h, open1, open2)
         y = self._as_stored(self.conv3(h, open2, residual=x if self.downsample is None else self.downsample(x)))
         return (y, (_as_gate(mask1), _as_gate(mask2))) if return_gate else y
+
+    def _is_one(self, x: Tensor) -> bool:
+        """Whether one operator does it all: in float32 on a CPU, where nobody listens to gates or convolutions."""
+        parts = [part for part in self._modules.values() if part is not None]
+        return (
+            x.is_cpu
+            and x.dtype == torch.float32
+            and self.conv2.is_packed
+            and all(part.is_packed and part.extra_padding == 0 for part in parts if isinstance(part, PackedConv2d))
+            and not any(isinstance(part, PackedCodebookGate) or _is_heard(part) for part in parts)
+        )
+
+    def _run(self, x: Tensor, brought: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        parts: list[Tensor | None] = []
+        masks = list(brought)
+        for i, name in enumerate(self.gate_names):
+            gate = cast(PackedGate | None, self._modules[name])
+            if gate is None or masks[i] is not None:
+                parts += (None,) * len(_WEIGHTS)
+            else:
+                parts += gate.layers()
+                masks[i] = None if gate.fixed is None else gate.fixed(len(x))
+        parts += (self.weight1, self.bias1, self.conv2.weight, self.conv2.bias, self.conv3.weight, self.conv3.bias)
+        parts += (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
+        y, *decided = _ops.packed_bottleneck(x, parts, *masks, self.shapes[1].stride[0])
+        if self.branch == "dense":
+            return y, None, None
+        mask1, mask2 = (own if given is None else given for own, given in zip(decided, masks, strict=True))
+        return y, mask1, mask2
 
 
 def _is_heard(module: nn.Module) -> bool:

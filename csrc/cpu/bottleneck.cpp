@@ -1,0 +1,476 @@
+// A whole gated bottleneck as one operator, in one parallel region: the 1 x 1 convolution leaves planes of its open
+// channels and their sums, the second gate decides from these, the 3 x 3 convolution computes open channels from open
+// channels, and the last one reads them where they lie.
+// The middle convolution is the in-gated one with weights of fewer output channels, which every thread gathers for the
+// sample and the block of channels that it is at: one vector moved for many that are multiplied.
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "conv.h"
+#include "cpu/vector.h"
+#include "gate.h"
+#include "queue.h"
+
+namespace gatedkernels {
+namespace {
+
+constexpr int64_t kLane = 16;  // gathered channels come in whole vectors
+
+int64_t whole_lanes(int64_t channels) { return ceil_div(channels, kLane) * kLane; }
+
+// The tensors of a block, in the order of the operator's list.
+struct Parts {
+  static constexpr size_t kMany = 16;
+  const MaybeTensor *gate1, *gate2;  // four each, or nothing
+  const Tensor *weight1, *bias1, *weight2, *bias2, *weight3, *bias3;
+  const MaybeTensor *shortcut_weight, *shortcut_bias;
+
+  explicit Parts(const std::vector<MaybeTensor>& p) {
+    STD_TORCH_CHECK(p.size() == kMany, "a bottleneck has sixteen parts");
+    STD_TORCH_CHECK(std::all_of(&p[8], &p[14], [](const MaybeTensor& t) { return t && t->is_contiguous(); }),
+                    "a bottleneck has three convolutions, packed");
+    for (const size_t gate : {0, 4}) {
+      STD_TORCH_CHECK(!p[gate] || std::all_of(&p[gate], &p[gate] + 4, [](const MaybeTensor& t) { return t.has_value(); }),
+                      "a gate has two layers");
+    }
+    gate1 = &p[0], gate2 = &p[4];
+    weight1 = &*p[8], bias1 = &*p[9], weight2 = &*p[10], bias2 = &*p[11], weight3 = &*p[12], bias3 = &*p[13];
+    shortcut_weight = &p[14], shortcut_bias = &p[15];
+  }
+};
+
+// Lists of open channels, sample by sample; neighbouring channels may share a decision.
+struct Open {
+  int64_t channels;
+  std::vector<int32_t> index, count;
+
+  Open(int64_t samples, int64_t channels_) : channels(channels_), index(samples * channels), count(samples) {}
+
+  void set(int64_t n, const bool* open, int64_t decisions) {
+    const int64_t group = channels / decisions;
+    int32_t* list = index.data() + n * channels;
+    int32_t active = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      list[active] = static_cast<int32_t>(c);
+      active += open[c / group];
+    }
+    count[n] = active;
+  }
+
+  const int32_t* list(int64_t n) const { return index.data() + n * channels; }
+};
+
+// The second gate, whose input nobody stores: it gets the mean of every channel of the hidden activation.
+class Decider {
+ public:
+  explicit Decider(const MaybeTensor* layers) : layers_(layers) {
+    for (int i = 0; i < 4; ++i) check_float(*layers[i], i % 2 ? 1 : 2);
+    STD_TORCH_CHECK(decisions() == layers[2]->size(0) && layers[2]->size(1) == layers[0]->size(0) &&
+                        layers[0]->size(0) == layers[1]->size(0),
+                    "the gate's weights are (M, C) and (K, M)");
+  }
+
+  int64_t decisions() const { return layers_[3]->size(0); }
+
+  void decide(const std::vector<float>& mean, bool* open) const {
+    const int64_t C = layers_[0]->size(1), inner = layers_[0]->size(0), K = decisions();
+    std::vector<float> hidden(inner), logits(K);
+    kernels().linear(floats(layers_[0]), floats(layers_[1]), mean.data(), C, inner, hidden.data());
+    for (float& value : hidden) value = std::max(value, 0.0f);
+    kernels().linear(floats(layers_[2]), floats(layers_[3]), hidden.data(), inner, K, logits.data());
+    std::transform(logits.begin(), logits.end(), open, [](float logit) { return logit >= 0.0f; });
+  }
+
+ private:
+  const MaybeTensor* layers_;
+};
+
+// The sum of a row of a plane, in an order of its own.
+float row_sum(const float* row, int64_t width) {
+  Quad sum = {};
+  int64_t w = 0;
+  for (; w + 4 <= width; w += 4) sum += load<4>(row + w);
+  float rest = 0.0f;
+  for (; w < width; ++w) rest += row[w];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]) + rest;
+}
+
+// The weights of a block of output channels that the calling thread gathered last.
+class ThreadBlock {
+ public:
+  float *weight, *bias;
+
+  static ThreadBlock& mine() {
+    thread_local ThreadBlock block;
+    return block;
+  }
+
+  static uint64_t next_call() {
+    static std::atomic<uint64_t> calls{0};
+    return ++calls;
+  }
+
+  // Whether they are not those of this sample's block yet; from now on they are.
+  bool lacks(uint64_t call, int64_t sample, int64_t block, int64_t inputs) {
+    constexpr int64_t kLine = 16;
+    const auto floats = static_cast<size_t>(inputs * 9 * kBlock + kBlock + kLine);
+    if (memory_.size() < floats) memory_.resize(floats), call_ = 0;
+    bias = memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64 / sizeof(float);
+    weight = bias + kBlock;
+    if (call == call_ && sample == sample_ && block == block_) return false;
+    call_ = call, sample_ = sample, block_ = block;
+    return true;
+  }
+
+ private:
+  std::vector<float> memory_;
+  uint64_t call_ = 0;
+  int64_t sample_ = 0, block_ = 0;
+};
+
+enum Step : uint8_t { kShortcut, kFirst, kDecide, kMiddle, kLast, kSteps };
+
+// Part `part` of `parts` of one step of a sample.
+struct Piece {
+  int32_t sample, part, parts;
+  Step step;
+};
+
+class Bottleneck {
+ public:
+  Bottleneck(const Parts& parts, const Tensor& x, Open& open1, Open& open2, const Decider* gate2, Tensor& decided2,
+             bool known2, int64_t stride, float* skip, Tensor& y)
+      : N_(x.size(0)),
+        hidden_(parts.bias1->size(0)),
+        open1_(open1),
+        open2_(open2),
+        gate2_(gate2),
+        decided2_(decided2.mutable_data_ptr<bool>()),
+        known2_(known2),
+        x_(floats(x)),
+        skip_(skip),
+        y_(y.mutable_data_ptr<float>()),
+        offset_(N_ + 1, 0) {
+    const Geometry in = geometry(x, 1, 1), middle = geometry(x, 3, stride);
+    const Geometry out{middle.OH, middle.OW, middle.OH, middle.OW, 1, 1};
+    const int64_t plane = ceil_div(int64_t{in.H} * in.W, kLane) * kLane + kLane;
+    const int C = static_cast<int>(x.size(1)), inner = static_cast<int>(hidden_);
+    conv1_ = {in, C, floats(*parts.weight1), floats(*parts.bias1), plane, true};
+    conv2_ = {middle, inner, inner, floats(*parts.weight2), floats(*parts.bias2), plane, in.W, 1, false, true};
+    conv3_ = {out, inner, static_cast<int>(y.size(1)), floats(*parts.weight3), floats(*parts.bias3), 1, 0, 0, false,
+              true};
+    if (skip) {
+      shortcut_ = in_conv(x, geometry(x, 1, stride), floats(*parts.shortcut_weight), floats(*parts.shortcut_bias),
+                          conv3_.K, true, false);
+    }
+    for (int64_t n = 0; n < N_; ++n) offset_[n + 1] = offset_[n] + open1.count[n] * plane;
+    planes_ = empty({std::max<int64_t>(offset_[N_], 1)});
+    pixels_ = empty({N_ * out.H * out.W * std::max(whole_lanes(hidden_), int64_t{1})});
+    if (gate2) sums_ = empty({std::max<int64_t>(offset_[N_] / plane * in.H, 1)});
+  }
+
+  void run() {
+    schedule();
+    left_ = std::make_unique<std::atomic<int32_t>[]>(N_ * kSteps);
+    for (int64_t i = 0; i < N_ * kSteps; ++i) left_[i].store(0, std::memory_order_relaxed);
+    for (const Piece& piece : queue_) left(piece.sample, piece.step).fetch_add(1, std::memory_order_relaxed);
+    in_order(static_cast<int64_t>(queue_.size()), [&](int64_t at) {
+      const Piece& piece = queue_[at];
+      // A step's predecessor waited for its own.
+      if (piece.step == kLast) finish(piece.sample, kShortcut);
+      if (piece.step > kFirst) finish(piece.sample, static_cast<Step>(piece.step - 1));
+      compute(piece);
+      left(piece.sample, piece.step).fetch_sub(1, std::memory_order_release);
+    });
+  }
+
+ private:
+  static constexpr int kTaps = 9;
+
+  std::atomic<int32_t>& left(int64_t n, Step step) { return left_[n * kSteps + step]; }
+  void finish(int64_t n, Step step) {
+    wait_until([&] { return left(n, step).load(std::memory_order_acquire) == 0; });
+  }
+
+  int64_t in_pixels() const { return int64_t{conv1_.size.H} * conv1_.size.W; }
+  int64_t out_pixels() const { return int64_t{conv3_.size.H} * conv3_.size.W; }
+
+  // Multiply-adds of a step; of the second gate's channels, as many are expected to be open as of the first one's.
+  double work(int64_t n, Step step) const {
+    const auto inputs = static_cast<double>(open1_.count[n]);
+    const auto outputs = known2_ ? static_cast<double>(open2_.count[n]) : inputs;
+    const auto in = static_cast<double>(in_pixels()), out = static_cast<double>(out_pixels());
+    switch (step) {
+      case kShortcut: return skip_ ? out * shortcut_.C * shortcut_.K : 0.0;
+      case kFirst: return in * inputs * conv1_.C;
+      case kMiddle: return out * inputs * outputs * kTaps;
+      case kLast: return out * outputs * conv3_.K;
+      default: return 0.0;
+    }
+  }
+
+  void schedule() {
+    constexpr double kLeast = 1e5, kMost = 4e6;
+    double all = 0;
+    for (int64_t n = 0; n < N_; ++n) {
+      for (const Step step : {kShortcut, kFirst, kMiddle, kLast}) all += work(n, step);
+    }
+    const double target = std::clamp(all / static_cast<double>(24 * threads()), kLeast, kMost);
+    const int64_t together = std::max<int64_t>(threads(), 2);
+    for (int64_t begin = 0; begin < N_; begin += together) {
+      const int64_t end = std::min(begin + together, N_);
+      for (const Step step : {kShortcut, kFirst, kDecide, kMiddle, kLast}) {
+        if (step == kShortcut && !skip_) continue;
+        for (int64_t n = begin; n < end; ++n) {
+          const auto wanted = static_cast<int64_t>(work(n, step) / target);
+          const auto parts = static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, most_parts(n, step)));
+          for (int32_t part = 0; part < parts; ++part) queue_.push_back({static_cast<int32_t>(n), part, parts, step});
+        }
+      }
+    }
+  }
+
+  int64_t most_parts(int64_t n, Step step) const {
+    if (step == kDecide) return 1;
+    const int64_t few = N_ < threads() ? ceil_div(threads(), N_) : 1;
+    // Every part gathers the weights that it shares with another anew.
+    if (step == kMiddle) {
+      return std::max(few, 1 + out_pixels() * ceil_div(open1_.count[n], kBlock) / 64);
+    }
+    return 64;
+  }
+
+  void compute(const Piece& piece) {
+    switch (piece.step) {
+      case kShortcut: return run_shortcut(piece);
+      case kFirst: return run_first(piece);
+      case kDecide: return decide(piece.sample);
+      case kMiddle: return run_middle(piece);
+      default: return run_last(piece);
+    }
+  }
+
+  // Rows and channels, or blocks of them, of a part: cut by rows where the image is more than the weights, so that its
+  // pixels are read once, else by channels.
+  struct Cut {
+    int64_t from, to, row, end;
+
+    Cut(const Piece& piece, int64_t many, int64_t unit, int64_t height, bool by_rows) : from(0), to(many), row(0), end(height) {
+      const auto share = [&](int64_t all, int64_t unit_, int64_t part) {
+        return std::min(all, ceil_div(all, unit_) * part / piece.parts * unit_);
+      };
+      if (by_rows) {
+        row = share(height, 2, piece.part), end = share(height, 2, piece.part + 1);  // narrow images go in pairs of rows
+      } else {
+        from = share(many, unit, piece.part), to = share(many, unit, piece.part + 1);
+      }
+    }
+    bool is_empty() const { return from >= to || row >= end; }
+  };
+
+  void run_shortcut(const Piece& piece) {
+    const int64_t n = piece.sample, K = shortcut_.K;
+    run_blocks(piece, shortcut_, x_ + n * in_pixels() * shortcut_.C, nullptr, shortcut_.C, nullptr,
+               skip_ + n * out_pixels() * K);
+  }
+
+  // A 1 x 1 convolution; some rows at a time, so that its input stays in the first-level cache for all blocks.
+  void run_blocks(const Piece& piece, const InConv& conv, const float* in, const int32_t* channels, int32_t count,
+                  const float* residual, float* out) {
+    constexpr int64_t kBytes = 24 << 10;
+    const Geometry& g = conv.size;
+    const Cut cut(piece, ceil_div(conv.K, kBlock), 1, g.OH, conv.K < out_pixels());
+    if (cut.is_empty()) return;
+    const int64_t rows = std::max<int64_t>(2, kBytes / (4 * std::max(count, 1) * g.OW) / 2 * 2);
+    for (int64_t row = cut.row; row < cut.end; row += rows) {
+      for (int64_t block = cut.from; block < cut.to; ++block) {
+        kernels_for(conv.K).in_rows(conv, in, channels, count, static_cast<int>(block), static_cast<int>(block + 1),
+                                    static_cast<int>(row), static_cast<int>(std::min(row + rows, cut.end)), residual,
+                                    out);
+      }
+    }
+  }
+
+  void run_first(const Piece& piece) {
+    const Kernels& run = kernels_for(conv1_.C);
+    const Geometry& g = conv1_.size;
+    const int64_t n = piece.sample, count = open1_.count[n];
+    const Cut cut(piece, count, run.channels_together(g.OW), g.H, count <= in_pixels());
+    if (cut.is_empty()) return;
+    float* planes = planes_.mutable_data_ptr<float>() + offset_[n] + cut.from * conv1_.plane;
+    const auto many = static_cast<int>(cut.to - cut.from);
+    run.out_rows(conv1_, x_ + n * in_pixels() * conv1_.C, open1_.list(n) + cut.from, many,
+                 static_cast<int>(count - cut.from), static_cast<int>(cut.row), static_cast<int>(cut.end), planes);
+    if (!gate2_) return;
+    float* sums = sums_of(n) + cut.from * g.H;
+    for (int64_t j = 0; j < many; ++j) {
+      for (int64_t row = cut.row; row < cut.end; ++row) {
+        sums[j * g.H + row] = row_sum(planes + j * conv1_.plane + row * g.W, g.W);
+      }
+    }
+  }
+
+  // Of every row of a sample's planes.
+  float* sums_of(int64_t n) { return sums_.mutable_data_ptr<float>() + offset_[n] / conv1_.plane * conv1_.size.H; }
+
+  void decide(int64_t n) {
+    if (!gate2_) return;
+    const int64_t height = conv1_.size.H;
+    std::vector<float> mean(hidden_, 0.0f);
+    const float* sums = sums_of(n);
+    for (int32_t j = 0; j < open1_.count[n]; ++j, sums += height) {
+      float sum = 0.0f;
+      for (int64_t row = 0; row < height; ++row) sum += sums[row];
+      mean[open1_.list(n)[j]] = sum / static_cast<float>(in_pixels());
+    }
+    bool* decided = decided2_ + n * gate2_->decisions();
+    gate2_->decide(mean, decided);
+    if (!known2_) open2_.set(n, decided, gate2_->decisions());
+  }
+
+  // Whether fewer vectors of output channels make up for gathering their weights: costs in vectors multiplied, for each
+  // input channel and tap.
+  bool gathers(int64_t n) const {
+    constexpr double kMoved = 1.5;
+    const auto all = static_cast<double>(ceil_div(hidden_, kLane));
+    const auto open = static_cast<double>(ceil_div(open2_.count[n], kLane));
+    return (all - open) * static_cast<double>(out_pixels()) > kMoved * (all + open);
+  }
+
+  // Channels from pixel to pixel of the middle convolution's result.
+  int64_t pitch(int64_t n) const { return gathers(n) ? whole_lanes(open2_.count[n]) : hidden_; }
+
+  float* pixels_of(int64_t n) {
+    return pixels_.mutable_data_ptr<float>() + n * out_pixels() * whole_lanes(hidden_);
+  }
+
+  void run_middle(const Piece& piece) {
+    const int64_t n = piece.sample, lanes = pitch(n), height = conv2_.size.OH;
+    // A run of pairs of rows, block after block.
+    const int64_t pairs = ceil_div(height, 2), all = ceil_div(lanes, kBlock) * pairs;
+    int64_t at = all * piece.part / piece.parts;
+    const int64_t last = all * (piece.part + 1) / piece.parts;
+    while (at < last) {
+      const int64_t block = at / pairs, end = std::min(last, (block + 1) * pairs);
+      middle_rows(n, block, 2 * (at - block * pairs), std::min(height, 2 * (end - block * pairs)));
+      at = end;
+    }
+  }
+
+  void middle_rows(int64_t n, int64_t block, int64_t row, int64_t end) {
+    const int32_t *inputs = open1_.list(n), count = open1_.count[n];
+    const float* planes = floats(planes_) + offset_[n];
+    InConv conv = conv2_;
+    if (gathers(n)) {
+      ThreadBlock& mine = ThreadBlock::mine();
+      const int32_t* outputs = open2_.list(n) + block * kBlock;
+      const auto many = static_cast<int>(std::min<int64_t>(kBlock, open2_.count[n] - block * kBlock));
+      if (mine.lacks(call_, n, block, hidden_)) {
+        kernels().gather_columns(conv2_.weight, hidden_, inputs, count, outputs, many, mine.weight);
+        for (int lane = 0; lane < kBlock; ++lane) mine.bias[lane] = lane < many ? conv2_.bias[outputs[lane]] : 0.0f;
+      }
+      conv.weight = mine.weight, conv.bias = mine.bias, conv.C = count;
+      conv.K = static_cast<int>(pitch(n)), conv.first = static_cast<int>(block);
+      inputs = nullptr;
+    }
+    kernels_for(conv.K).in_rows(conv, planes, inputs, count, static_cast<int>(block), static_cast<int>(block + 1),
+                                static_cast<int>(row), static_cast<int>(end), nullptr, pixels_of(n));
+  }
+
+  void run_last(const Piece& piece) {
+    const int64_t n = piece.sample, image = n * out_pixels() * conv3_.K;
+    InConv conv = conv3_;
+    conv.pixel_step = pitch(n), conv.row_step = conv.pixel_step * conv.size.W;
+    conv.gathered = !gathers(n);
+    const float* residual = skip_ ? skip_ + image : x_ + image;
+    run_blocks(piece, conv, pixels_of(n), open2_.list(n), open2_.count[n], residual, y_ + image);
+  }
+
+  int64_t N_, hidden_;
+  Open &open1_, &open2_;
+  const Decider* gate2_;
+  bool* decided2_;
+  bool known2_;  // the second mask is given
+  const float* x_;
+  float *skip_, *y_;  // what the shortcut writes, if there is one
+  OutConv conv1_;
+  InConv conv2_, conv3_, shortcut_;
+  std::vector<int64_t> offset_;    // of every sample's planes
+  Tensor planes_, pixels_, sums_;  // what the first and the second convolution leave
+  std::vector<Piece> queue_;
+  std::unique_ptr<std::atomic<int32_t>[]> left_;  // pieces of every step of a sample
+  const uint64_t call_ = ThreadBlock::next_call();
+};
+
+void check_shapes(const Parts& parts, const Tensor& x, int64_t stride) {
+  check_float(x, 4);
+  for (const Tensor* weight : {parts.weight2, parts.weight3}) check_float(*weight, 5);
+  check_float(*parts.weight1, 4);
+  const int64_t hidden = parts.bias1->size(0), K = parts.bias3->size(0), C = x.size(1);
+  STD_TORCH_CHECK(parts.weight1->numel() == hidden * C, "weight1 is packed as (M, C)");
+  STD_TORCH_CHECK(parts.weight2->size(0) == ceil_div(hidden, kBlock) && parts.weight2->size(1) == hidden &&
+                      parts.weight2->size(2) == 3 && parts.bias2->size(0) == hidden,
+                  "weight2 is packed as (M / 32, M, 3, 3, 32)");
+  STD_TORCH_CHECK(parts.weight3->size(0) == ceil_div(K, kBlock) && parts.weight3->size(1) == hidden &&
+                      parts.weight3->size(2) == 1,
+                  "weight3 is packed as (K / 32, M, 1, 1, 32)");
+  const MaybeTensor& shortcut = *parts.shortcut_weight;
+  STD_TORCH_CHECK(shortcut.has_value() == parts.shortcut_bias->has_value(), "a shortcut has weights and a bias");
+  STD_TORCH_CHECK(shortcut || (stride == 1 && K == C), "a block that changes the shape has a shortcut");
+  STD_TORCH_CHECK(!shortcut || (shortcut->is_contiguous() && shortcut->dim() == 5 && shortcut->size(1) == C &&
+                                shortcut->size(0) == ceil_div(K, kBlock) && shortcut->size(2) == 1),
+                  "the shortcut's weight is packed as (K / 32, C, 1, 1, 32)");
+}
+
+// What a gate decided, or every channel open where there is none.
+Tensor all_open(int64_t N, int64_t decisions) {
+  Tensor mask = empty({N, decisions}, ScalarType::Bool);
+  std::fill_n(mask.mutable_data_ptr<bool>(), mask.numel(), true);
+  return mask;
+}
+
+void open_as(Open& open, const Tensor& given) {
+  const Tensor mask = row_major(given);
+  const auto N = static_cast<int64_t>(open.count.size());
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 2 && mask.size(0) == N &&
+                      mask.size(1) > 0 && open.channels % mask.size(1) == 0,
+                  "masks are bool, (N, M / group)");
+  for (int64_t n = 0; n < N; ++n) open.set(n, mask.const_data_ptr<bool>() + n * mask.size(1), mask.size(1));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> packed_bottleneck(const Tensor& given_x, const std::vector<MaybeTensor>& tensors,
+                                                     const MaybeTensor& mask1, const MaybeTensor& mask2,
+                                                     int64_t stride) {
+  const Parts parts(tensors);
+  check_shapes(parts, given_x, stride);
+  const Tensor x = channels_last(given_x);
+  const Geometry size = geometry(x, 3, stride);
+  const int64_t N = x.size(0), hidden = parts.bias1->size(0), K = parts.bias3->size(0);
+  const MaybeTensor* gate1 = parts.gate1;
+  const std::optional<Decider> gate2 = *parts.gate2 ? std::optional<Decider>(parts.gate2) : std::nullopt;
+  const Tensor decided1 = *gate1 ? channel_gate(x, *gate1[0], *gate1[1], *gate1[2], *gate1[3]) : all_open(N, hidden);
+  Tensor decided2 = gate2 ? empty({N, gate2->decisions()}, ScalarType::Bool) : all_open(N, hidden);
+  Open open1(N, hidden), open2(N, hidden);
+  open_as(open1, mask1 ? *mask1 : decided1);
+  const bool known2 = mask2 || !gate2;
+  if (known2) open_as(open2, mask2 ? *mask2 : decided2);
+  Tensor y = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
+  MaybeTensor skip;
+  if (*parts.shortcut_weight) skip = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
+  if (y.numel()) {
+    Bottleneck(parts, x, open1, open2, gate2 ? &*gate2 : nullptr, decided2, known2, stride,
+               skip ? skip->mutable_data_ptr<float>() : nullptr, y)
+        .run();
+  }
+  return {y, decided1, decided2};
+}
+
+}  // namespace gatedkernels
+
+STABLE_TORCH_LIBRARY_IMPL(gatedkernels, CPU, m) {
+  m.impl("packed_bottleneck", TORCH_BOX(&gatedkernels::packed_bottleneck));
+}
