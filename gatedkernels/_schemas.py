@@ -66,6 +66,8 @@ SCHEMAS = (
     # and of the shortcut, or None; masks that are given; what the gates decided.
     "packed_bottleneck(Tensor x, Tensor?[] parts, Tensor? mask1, Tensor? mask2, SymInt stride)"
     " -> (Tensor, Tensor, Tensor)",
+    # The same of stride 1 without a shortcut, over its images.
+    "packed_bottleneck_(Tensor(a!) x, Tensor?[] parts, Tensor? mask1, Tensor? mask2) -> (Tensor, Tensor)",
     "packed_conv2d(Tensor x, Tensor weight, Tensor bias, Tensor? in_mask, Tensor? out_mask, Tensor? residual,"
     " SymInt out_channels, SymInt stride, bool relu) -> Tensor",
     "packed_stem(Tensor x, Tensor weight, Tensor bias, SymInt stride, SymInt padding, bool relu, bool pool) -> Tensor",

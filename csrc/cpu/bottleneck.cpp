@@ -1,6 +1,6 @@
-// A whole gated bottleneck as one operator, in one parallel region: the 1 x 1 convolution leaves planes of its open
-// channels and their sums, the second gate decides from these, the 3 x 3 convolution computes open channels from open
-// channels, and the last one reads them where they lie.
+// A whole gated bottleneck as one operator, in one parallel region: the first gate decides, the 1 x 1 convolution leaves
+// planes of its open channels and their sums, the second gate decides from these, the 3 x 3 convolution computes open
+// channels from open channels, and the last one reads them where they lie.
 // The middle convolution is the in-gated one with weights of fewer output channels, which every thread gathers for the
 // sample and the block of channels that it is at: one vector moved for many that are multiplied.
 #include <algorithm>
@@ -10,7 +10,6 @@
 
 #include "conv.h"
 #include "cpu/vector.h"
-#include "gate.h"
 #include "queue.h"
 
 namespace gatedkernels {
@@ -62,7 +61,7 @@ struct Open {
   const int32_t* list(int64_t n) const { return index.data() + n * channels; }
 };
 
-// The second gate, whose input nobody stores: it gets the mean of every channel of the hidden activation.
+// A gate, from the mean of every channel.
 class Decider {
  public:
   explicit Decider(const MaybeTensor* layers) : layers_(layers) {
@@ -130,7 +129,8 @@ class ThreadBlock {
   int64_t sample_ = 0, block_ = 0;
 };
 
-enum Step : uint8_t { kShortcut, kFirst, kDecide, kMiddle, kLast, kSteps };
+// What is computed of a sample, each of it after all that stands before.
+enum Step : uint8_t { kShortcut, kDecide1, kFirst, kDecide2, kMiddle, kLast, kSteps };
 
 // Part `part` of `parts` of one step of a sample.
 struct Piece {
@@ -138,21 +138,52 @@ struct Piece {
   Step step;
 };
 
+// One of the two gates of a block, and what is open behind it.
+struct Gate {
+  std::optional<Decider> decider;
+  Tensor decided;  // bool (N, decisions)
+  Open open;
+  bool known;  // because the mask is given, or there is no gate
+
+  Gate(const MaybeTensor* layers, const MaybeTensor& given, int64_t N, int64_t channels)
+      : decider(*layers ? std::optional<Decider>(layers) : std::nullopt),
+        decided(empty({N, decider ? decider->decisions() : channels}, ScalarType::Bool)),
+        open(N, channels),
+        known(given || !decider) {
+    STD_TORCH_CHECK(decided.size(1) > 0 && channels % decided.size(1) == 0, "a gate decides about groups of channels");
+    if (!decider) std::fill_n(decided.mutable_data_ptr<bool>(), decided.numel(), true);
+    if (!known) return;
+    const Tensor mask = row_major(given ? *given : decided);
+    const int64_t decisions = mask.size(1);
+    STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 2 && mask.size(0) == N && decisions > 0 &&
+                        channels % decisions == 0,
+                    "masks are bool, (N, M / group)");
+    for (int64_t n = 0; n < N; ++n) open.set(n, mask.const_data_ptr<bool>() + n * decisions, decisions);
+  }
+
+  void decide(int64_t n, const std::vector<float>& mean) {
+    bool* mask = decided.mutable_data_ptr<bool>() + n * decided.size(1);
+    decider->decide(mean, mask);
+    if (!known) open.set(n, mask, decided.size(1));
+  }
+
+  // Open channels of a sample, or a guess.
+  int64_t expected(int64_t n) const { return known ? open.count[n] : ceil_div(open.channels, 2); }
+};
+
 class Bottleneck {
  public:
-  Bottleneck(const Parts& parts, const Tensor& x, Open& open1, Open& open2, const Decider* gate2, Tensor& decided2,
-             bool known2, int64_t stride, float* skip, Tensor& y)
+  // y may be x itself.
+  Bottleneck(const Parts& parts, const Tensor& x, Gate& gate1, Gate& gate2, int64_t stride, const Tensor& y)
       : N_(x.size(0)),
         hidden_(parts.bias1->size(0)),
-        open1_(open1),
-        open2_(open2),
+        gate1_(gate1),
         gate2_(gate2),
-        decided2_(decided2.mutable_data_ptr<bool>()),
-        known2_(known2),
         x_(floats(x)),
-        skip_(skip),
         y_(y.mutable_data_ptr<float>()),
-        offset_(N_ + 1, 0) {
+        has_shortcut_(*parts.shortcut_weight),
+        together_(std::max<int64_t>(threads(), 2)),
+        slots_(std::min(N_, 2 * together_)) {
     const Geometry in = geometry(x, 1, 1), middle = geometry(x, 3, stride);
     const Geometry out{middle.OH, middle.OW, middle.OH, middle.OW, 1, 1};
     const int64_t plane = ceil_div(int64_t{in.H} * in.W, kLane) * kLane + kLane;
@@ -161,14 +192,13 @@ class Bottleneck {
     conv2_ = {middle, inner, inner, floats(*parts.weight2), floats(*parts.bias2), plane, in.W, 1, false, true};
     conv3_ = {out, inner, static_cast<int>(y.size(1)), floats(*parts.weight3), floats(*parts.bias3), 1, 0, 0, false,
               true};
-    if (skip) {
+    if (has_shortcut_) {
       shortcut_ = in_conv(x, geometry(x, 1, stride), floats(*parts.shortcut_weight), floats(*parts.shortcut_bias),
                           conv3_.K, true, false);
     }
-    for (int64_t n = 0; n < N_; ++n) offset_[n + 1] = offset_[n] + open1.count[n] * plane;
-    planes_ = empty({std::max<int64_t>(offset_[N_], 1)});
-    pixels_ = empty({N_ * out.H * out.W * std::max(whole_lanes(hidden_), int64_t{1})});
-    if (gate2) sums_ = empty({std::max<int64_t>(offset_[N_] / plane * in.H, 1)});
+    planes_ = empty({slots_ * hidden_ * plane});
+    pixels_ = empty({slots_ * out.H * out.W * whole_lanes(hidden_)});
+    if (gate2.decider) sums_ = empty({slots_ * hidden_ * in.H});
   }
 
   void run() {
@@ -178,9 +208,9 @@ class Bottleneck {
     for (const Piece& piece : queue_) left(piece.sample, piece.step).fetch_add(1, std::memory_order_relaxed);
     in_order(static_cast<int64_t>(queue_.size()), [&](int64_t at) {
       const Piece& piece = queue_[at];
-      // A step's predecessor waited for its own.
-      if (piece.step == kLast) finish(piece.sample, kShortcut);
-      if (piece.step > kFirst) finish(piece.sample, static_cast<Step>(piece.step - 1));
+      // The shortcut is waited for by what is added to it alone; planes and pixels lie where another sample's did.
+      for (int step = piece.step == kLast ? kShortcut : kDecide1; step < piece.step; ++step) finish(piece.sample, step);
+      if (piece.step == kFirst && piece.sample >= slots_) finish(piece.sample - slots_, kLast);
       compute(piece);
       left(piece.sample, piece.step).fetch_sub(1, std::memory_order_release);
     });
@@ -189,21 +219,20 @@ class Bottleneck {
  private:
   static constexpr int kTaps = 9;
 
-  std::atomic<int32_t>& left(int64_t n, Step step) { return left_[n * kSteps + step]; }
-  void finish(int64_t n, Step step) {
+  std::atomic<int32_t>& left(int64_t n, int step) { return left_[n * kSteps + step]; }
+  void finish(int64_t n, int step) {
     wait_until([&] { return left(n, step).load(std::memory_order_acquire) == 0; });
   }
 
   int64_t in_pixels() const { return int64_t{conv1_.size.H} * conv1_.size.W; }
   int64_t out_pixels() const { return int64_t{conv3_.size.H} * conv3_.size.W; }
 
-  // Multiply-adds of a step; of the second gate's channels, as many are expected to be open as of the first one's.
+  // Multiply-adds of a step, as far as they are known.
   double work(int64_t n, Step step) const {
-    const auto inputs = static_cast<double>(open1_.count[n]);
-    const auto outputs = known2_ ? static_cast<double>(open2_.count[n]) : inputs;
+    const auto inputs = static_cast<double>(gate1_.expected(n)), outputs = static_cast<double>(gate2_.expected(n));
     const auto in = static_cast<double>(in_pixels()), out = static_cast<double>(out_pixels());
     switch (step) {
-      case kShortcut: return skip_ ? out * shortcut_.C * shortcut_.K : 0.0;
+      case kShortcut: return has_shortcut_ ? out * shortcut_.C * shortcut_.K : 0.0;
       case kFirst: return in * inputs * conv1_.C;
       case kMiddle: return out * inputs * outputs * kTaps;
       case kLast: return out * outputs * conv3_.K;
@@ -218,11 +247,11 @@ class Bottleneck {
       for (const Step step : {kShortcut, kFirst, kMiddle, kLast}) all += work(n, step);
     }
     const double target = std::clamp(all / static_cast<double>(24 * threads()), kLeast, kMost);
-    const int64_t together = std::max<int64_t>(threads(), 2);
-    for (int64_t begin = 0; begin < N_; begin += together) {
-      const int64_t end = std::min(begin + together, N_);
-      for (const Step step : {kShortcut, kFirst, kDecide, kMiddle, kLast}) {
-        if (step == kShortcut && !skip_) continue;
+    for (int64_t begin = 0; begin < N_; begin += together_) {
+      const int64_t end = std::min(begin + together_, N_);
+      for (const Step step : {kDecide1, kShortcut, kFirst, kDecide2, kMiddle, kLast}) {
+        if (step == kShortcut && !has_shortcut_) continue;
+        if ((step == kDecide1 && !gate1_.decider) || (step == kDecide2 && !gate2_.decider)) continue;
         for (int64_t n = begin; n < end; ++n) {
           const auto wanted = static_cast<int64_t>(work(n, step) / target);
           const auto parts = static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, most_parts(n, step)));
@@ -233,11 +262,11 @@ class Bottleneck {
   }
 
   int64_t most_parts(int64_t n, Step step) const {
-    if (step == kDecide) return 1;
+    if (step == kDecide1 || step == kDecide2) return 1;
     const int64_t few = N_ < threads() ? ceil_div(threads(), N_) : 1;
     // Every part gathers the weights that it shares with another anew.
     if (step == kMiddle) {
-      return std::max(few, 1 + out_pixels() * ceil_div(open1_.count[n], kBlock) / 64);
+      return std::max(few, 1 + out_pixels() * ceil_div(gate1_.expected(n), kBlock) / 64);
     }
     return 64;
   }
@@ -245,8 +274,9 @@ class Bottleneck {
   void compute(const Piece& piece) {
     switch (piece.step) {
       case kShortcut: return run_shortcut(piece);
+      case kDecide1: return decide_first(piece.sample);
       case kFirst: return run_first(piece);
-      case kDecide: return decide(piece.sample);
+      case kDecide2: return decide_second(piece.sample);
       case kMiddle: return run_middle(piece);
       default: return run_last(piece);
     }
@@ -273,7 +303,17 @@ class Bottleneck {
   void run_shortcut(const Piece& piece) {
     const int64_t n = piece.sample, K = shortcut_.K;
     run_blocks(piece, shortcut_, x_ + n * in_pixels() * shortcut_.C, nullptr, shortcut_.C, nullptr,
-               skip_ + n * out_pixels() * K);
+               y_ + n * out_pixels() * K);
+  }
+
+  void decide_first(int64_t n) {
+    const Geometry& g = conv1_.size;
+    std::vector<float> mean(conv1_.C, 0.0f);
+    for (int row = 0; row < g.H; ++row) {
+      kernels().add_pixels(x_ + (n * g.H + row) * g.W * conv1_.C, g.W, conv1_.C, conv1_.C, mean.data());
+    }
+    for (float& m : mean) m /= static_cast<float>(in_pixels());
+    gate1_.decide(n, mean);
   }
 
   // A 1 x 1 convolution; some rows at a time, so that its input stays in the first-level cache for all blocks.
@@ -294,40 +334,49 @@ class Bottleneck {
   }
 
   void run_first(const Piece& piece) {
-    const Kernels& run = kernels_for(conv1_.C);
+    constexpr int64_t kBytes = 1 << 19;  // of weights, which every few pixels meet again
     const Geometry& g = conv1_.size;
-    const int64_t n = piece.sample, count = open1_.count[n];
-    const Cut cut(piece, count, run.channels_together(g.OW), g.H, count <= in_pixels());
+    const int64_t n = piece.sample, count = gate1_.open.count[n];
+    const int64_t few = std::max<int64_t>(kBytes / (4 * int64_t{conv1_.C}) / 12 * 12, 12);
+    const Cut cut(piece, count, 12, g.H, count <= in_pixels());
     if (cut.is_empty()) return;
-    float* planes = planes_.mutable_data_ptr<float>() + offset_[n] + cut.from * conv1_.plane;
-    const auto many = static_cast<int>(cut.to - cut.from);
-    run.out_rows(conv1_, x_ + n * in_pixels() * conv1_.C, open1_.list(n) + cut.from, many,
-                 static_cast<int>(count - cut.from), static_cast<int>(cut.row), static_cast<int>(cut.end), planes);
-    if (!gate2_) return;
+    // One row of all pixels: full tiles, whatever the image's width.
+    const auto pixels = static_cast<int>((cut.end - cut.row) * g.W);
+    OutConv conv = conv1_;
+    conv.size = {1, pixels, 1, pixels, 1, 1};
+    const float* in = x_ + (n * in_pixels() + cut.row * g.W) * conv1_.C;
+    float* planes = planes_of(n) + cut.from * conv1_.plane;
+    for (int64_t from = cut.from; from < cut.to; from += few) {
+      const auto many = static_cast<int>(std::min(few, cut.to - from));
+      kernels_for(conv1_.C).out_rows(conv, in, gate1_.open.list(n) + from, many, static_cast<int>(count - from), 0, 1,
+                                     planes + (from - cut.from) * conv1_.plane + cut.row * g.W);
+    }
+    if (!gate2_.decider) return;
     float* sums = sums_of(n) + cut.from * g.H;
-    for (int64_t j = 0; j < many; ++j) {
+    for (int64_t j = 0; j < cut.to - cut.from; ++j) {
       for (int64_t row = cut.row; row < cut.end; ++row) {
         sums[j * g.H + row] = row_sum(planes + j * conv1_.plane + row * g.W, g.W);
       }
     }
   }
 
+  float* planes_of(int64_t n) { return planes_.mutable_data_ptr<float>() + n % slots_ * hidden_ * conv1_.plane; }
   // Of every row of a sample's planes.
-  float* sums_of(int64_t n) { return sums_.mutable_data_ptr<float>() + offset_[n] / conv1_.plane * conv1_.size.H; }
+  float* sums_of(int64_t n) { return sums_.mutable_data_ptr<float>() + n % slots_ * hidden_ * conv1_.size.H; }
+  float* pixels_of(int64_t n) {
+    return pixels_.mutable_data_ptr<float>() + n % slots_ * out_pixels() * whole_lanes(hidden_);
+  }
 
-  void decide(int64_t n) {
-    if (!gate2_) return;
+  void decide_second(int64_t n) {
     const int64_t height = conv1_.size.H;
     std::vector<float> mean(hidden_, 0.0f);
     const float* sums = sums_of(n);
-    for (int32_t j = 0; j < open1_.count[n]; ++j, sums += height) {
+    for (int32_t j = 0; j < gate1_.open.count[n]; ++j, sums += height) {
       float sum = 0.0f;
       for (int64_t row = 0; row < height; ++row) sum += sums[row];
-      mean[open1_.list(n)[j]] = sum / static_cast<float>(in_pixels());
+      mean[gate1_.open.list(n)[j]] = sum / static_cast<float>(in_pixels());
     }
-    bool* decided = decided2_ + n * gate2_->decisions();
-    gate2_->decide(mean, decided);
-    if (!known2_) open2_.set(n, decided, gate2_->decisions());
+    gate2_.decide(n, mean);
   }
 
   // Whether fewer vectors of output channels make up for gathering their weights: costs in vectors multiplied, for each
@@ -335,16 +384,12 @@ class Bottleneck {
   bool gathers(int64_t n) const {
     constexpr double kMoved = 1.5;
     const auto all = static_cast<double>(ceil_div(hidden_, kLane));
-    const auto open = static_cast<double>(ceil_div(open2_.count[n], kLane));
+    const auto open = static_cast<double>(ceil_div(gate2_.open.count[n], kLane));
     return (all - open) * static_cast<double>(out_pixels()) > kMoved * (all + open);
   }
 
   // Channels from pixel to pixel of the middle convolution's result.
-  int64_t pitch(int64_t n) const { return gathers(n) ? whole_lanes(open2_.count[n]) : hidden_; }
-
-  float* pixels_of(int64_t n) {
-    return pixels_.mutable_data_ptr<float>() + n * out_pixels() * whole_lanes(hidden_);
-  }
+  int64_t pitch(int64_t n) const { return gathers(n) ? whole_lanes(gate2_.open.count[n]) : hidden_; }
 
   void run_middle(const Piece& piece) {
     const int64_t n = piece.sample, lanes = pitch(n), height = conv2_.size.OH;
@@ -360,13 +405,12 @@ class Bottleneck {
   }
 
   void middle_rows(int64_t n, int64_t block, int64_t row, int64_t end) {
-    const int32_t *inputs = open1_.list(n), count = open1_.count[n];
-    const float* planes = floats(planes_) + offset_[n];
+    const int32_t *inputs = gate1_.open.list(n), count = gate1_.open.count[n];
     InConv conv = conv2_;
     if (gathers(n)) {
       ThreadBlock& mine = ThreadBlock::mine();
-      const int32_t* outputs = open2_.list(n) + block * kBlock;
-      const auto many = static_cast<int>(std::min<int64_t>(kBlock, open2_.count[n] - block * kBlock));
+      const int32_t* outputs = gate2_.open.list(n) + block * kBlock;
+      const auto many = static_cast<int>(std::min<int64_t>(kBlock, gate2_.open.count[n] - block * kBlock));
       if (mine.lacks(call_, n, block, hidden_)) {
         kernels().gather_columns(conv2_.weight, hidden_, inputs, count, outputs, many, mine.weight);
         for (int lane = 0; lane < kBlock; ++lane) mine.bias[lane] = lane < many ? conv2_.bias[outputs[lane]] : 0.0f;
@@ -375,7 +419,7 @@ class Bottleneck {
       conv.K = static_cast<int>(pitch(n)), conv.first = static_cast<int>(block);
       inputs = nullptr;
     }
-    kernels_for(conv.K).in_rows(conv, planes, inputs, count, static_cast<int>(block), static_cast<int>(block + 1),
+    kernels_for(conv.K).in_rows(conv, planes_of(n), inputs, count, static_cast<int>(block), static_cast<int>(block + 1),
                                 static_cast<int>(row), static_cast<int>(end), nullptr, pixels_of(n));
   }
 
@@ -384,20 +428,19 @@ class Bottleneck {
     InConv conv = conv3_;
     conv.pixel_step = pitch(n), conv.row_step = conv.pixel_step * conv.size.W;
     conv.gathered = !gathers(n);
-    const float* residual = skip_ ? skip_ + image : x_ + image;
-    run_blocks(piece, conv, pixels_of(n), open2_.list(n), open2_.count[n], residual, y_ + image);
+    run_blocks(piece, conv, pixels_of(n), gate2_.open.list(n), gate2_.open.count[n],
+               has_shortcut_ ? y_ + image : x_ + image, y_ + image);
   }
 
   int64_t N_, hidden_;
-  Open &open1_, &open2_;
-  const Decider* gate2_;
-  bool* decided2_;
-  bool known2_;  // the second mask is given
+  Gate &gate1_, &gate2_;
   const float* x_;
-  float *skip_, *y_;  // what the shortcut writes, if there is one
+  float* y_;
+  bool has_shortcut_;  // which writes into the result, where the block is added to it
+  int64_t together_;   // samples that are computed side by side
+  int64_t slots_;      // for planes and pixels, which samples take in turn
   OutConv conv1_;
   InConv conv2_, conv3_, shortcut_;
-  std::vector<int64_t> offset_;    // of every sample's planes
   Tensor planes_, pixels_, sums_;  // what the first and the second convolution leave
   std::vector<Piece> queue_;
   std::unique_ptr<std::atomic<int32_t>[]> left_;  // pieces of every step of a sample
@@ -424,53 +467,42 @@ void check_shapes(const Parts& parts, const Tensor& x, int64_t stride) {
                   "the shortcut's weight is packed as (K / 32, C, 1, 1, 32)");
 }
 
-// What a gate decided, or every channel open where there is none.
-Tensor all_open(int64_t N, int64_t decisions) {
-  Tensor mask = empty({N, decisions}, ScalarType::Bool);
-  std::fill_n(mask.mutable_data_ptr<bool>(), mask.numel(), true);
-  return mask;
-}
-
-void open_as(Open& open, const Tensor& given) {
-  const Tensor mask = row_major(given);
-  const auto N = static_cast<int64_t>(open.count.size());
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 2 && mask.size(0) == N &&
-                      mask.size(1) > 0 && open.channels % mask.size(1) == 0,
-                  "masks are bool, (N, M / group)");
-  for (int64_t n = 0; n < N; ++n) open.set(n, mask.const_data_ptr<bool>() + n * mask.size(1), mask.size(1));
+std::tuple<Tensor, Tensor> run_bottleneck(const Tensor& x, const std::vector<MaybeTensor>& tensors,
+                                          const MaybeTensor& mask1, const MaybeTensor& mask2, int64_t stride,
+                                          const Tensor& y) {
+  const Parts parts(tensors);
+  check_shapes(parts, x, stride);
+  const int64_t N = x.size(0), hidden = parts.bias1->size(0);
+  Gate gate1(parts.gate1, mask1, N, hidden), gate2(parts.gate2, mask2, N, hidden);
+  if (y.numel()) Bottleneck(parts, x, gate1, gate2, stride, y).run();
+  return {gate1.decided, gate2.decided};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> packed_bottleneck(const Tensor& given_x, const std::vector<MaybeTensor>& tensors,
+std::tuple<Tensor, Tensor, Tensor> packed_bottleneck(const Tensor& given_x, const std::vector<MaybeTensor>& parts,
                                                      const MaybeTensor& mask1, const MaybeTensor& mask2,
                                                      int64_t stride) {
-  const Parts parts(tensors);
-  check_shapes(parts, given_x, stride);
+  check_float(given_x, 4);
   const Tensor x = channels_last(given_x);
   const Geometry size = geometry(x, 3, stride);
-  const int64_t N = x.size(0), hidden = parts.bias1->size(0), K = parts.bias3->size(0);
-  const MaybeTensor* gate1 = parts.gate1;
-  const std::optional<Decider> gate2 = *parts.gate2 ? std::optional<Decider>(parts.gate2) : std::nullopt;
-  const Tensor decided1 = *gate1 ? channel_gate(x, *gate1[0], *gate1[1], *gate1[2], *gate1[3]) : all_open(N, hidden);
-  Tensor decided2 = gate2 ? empty({N, gate2->decisions()}, ScalarType::Bool) : all_open(N, hidden);
-  Open open1(N, hidden), open2(N, hidden);
-  open_as(open1, mask1 ? *mask1 : decided1);
-  const bool known2 = mask2 || !gate2;
-  if (known2) open_as(open2, mask2 ? *mask2 : decided2);
-  Tensor y = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
-  MaybeTensor skip;
-  if (*parts.shortcut_weight) skip = empty({N, K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
-  if (y.numel()) {
-    Bottleneck(parts, x, open1, open2, gate2 ? &*gate2 : nullptr, decided2, known2, stride,
-               skip ? skip->mutable_data_ptr<float>() : nullptr, y)
-        .run();
-  }
+  const int64_t K = Parts(parts).bias3->size(0);
+  Tensor y = empty({x.size(0), K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
+  const auto [decided1, decided2] = run_bottleneck(x, parts, mask1, mask2, stride, y);
   return {y, decided1, decided2};
+}
+
+// A block of stride 1 without a shortcut writes its result over its images.
+std::tuple<Tensor, Tensor> packed_bottleneck_(const Tensor& x, const std::vector<MaybeTensor>& parts,
+                                              const MaybeTensor& mask1, const MaybeTensor& mask2) {
+  check_float(x, 4);
+  STD_TORCH_CHECK(is_channels_last(x) && !*Parts(parts).shortcut_weight, "the result has the layout of the images");
+  return run_bottleneck(x, parts, mask1, mask2, 1, x);
 }
 
 }  // namespace gatedkernels
 
 STABLE_TORCH_LIBRARY_IMPL(gatedkernels, CPU, m) {
   m.impl("packed_bottleneck", TORCH_BOX(&gatedkernels::packed_bottleneck));
+  m.impl("packed_bottleneck_", TORCH_BOX(&gatedkernels::packed_bottleneck_));
 }

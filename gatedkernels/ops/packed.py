@@ -193,6 +193,14 @@ def _packed_bottleneck(
     return _packed_conv2d(h, weight3, bias3, open2, None, residual, len(bias3), 1, relu=True), decided1, decided2
 
 
+def _packed_bottleneck_(
+    x: Tensor, parts: Sequence[Tensor | None], mask1: Tensor | None, mask2: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    y, *decided = _packed_bottleneck(x, parts, mask1, mask2, 1)
+    x.copy_(y)
+    return decided[0], decided[1]
+
+
 def _packed_pool(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
@@ -230,6 +238,7 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
     "channel_gate": channel_gate_reference,
     "packed_block": _packed_block,
     "packed_bottleneck": _packed_bottleneck,
+    "packed_bottleneck_": _packed_bottleneck_,
     "packed_conv2d": _packed_conv2d,
     "packed_network": _packed_network,
     "packed_pool": _packed_pool,
@@ -348,10 +357,17 @@ def _(x, *arguments):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("gatedkernels::packed_bottleneck")
 def _(x, parts, mask1, mask2, stride):  # type: ignore[no-untyped-def]
-    hidden, out_channels = parts[9].shape[0], parts[13].shape[0]
-    decisions = (hidden if parts[i] is None else parts[i].shape[0] for i in (3, 7))
-    masks = (x.new_empty((x.shape[0], many), dtype=torch.bool) for many in decisions)
-    return images_like(x, out_channels, stride), *masks
+    return images_like(x, parts[13].shape[0], stride), *_decided_like(x, parts)
+
+
+@torch.library.register_fake("gatedkernels::packed_bottleneck_")
+def _(x, parts, mask1, mask2):  # type: ignore[no-untyped-def]
+    return _decided_like(x, parts)
+
+
+def _decided_like(x, parts):  # type: ignore[no-untyped-def]
+    decisions = (parts[9 if parts[i] is None else i].shape[0] for i in (3, 7))
+    return tuple(x.new_empty((x.shape[0], many), dtype=torch.bool) for many in decisions)
 
 
 @torch.library.register_fake("gatedkernels::packed_pool")

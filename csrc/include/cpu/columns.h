@@ -63,7 +63,7 @@ struct Columns {
           const Lanes from = source.from, taken = source.taken;
 #pragma GCC unroll 9
           for (int t = 0; t < kTaps; ++t) {
-            __builtin_prefetch(next + source.offset + t * kBlock);
+            __builtin_prefetch(next + source.offset + t * kBlock, 0, 2);
             taps[t] = taken ? __builtin_shuffle(load<L>(row + source.offset + t * kBlock), from) : taps[t];
           }
         }

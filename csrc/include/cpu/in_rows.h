@@ -17,6 +17,7 @@ struct InRows {
   static constexpr int L = Numbers::kLanes;
   static constexpr int kPaired = Numbers::kPaired;
   static constexpr int kMostPixels = L == 16 ? 9 : 6;
+  static constexpr int kMostAlone = L == 16 ? 8 : 6;  // in tiles of one tap, whose registers are scarce
   static constexpr int kVectors = 2;
   static constexpr int kChain = Numbers::kChain;
   static constexpr int kLine = 64 / sizeof(Element);  // of the cache
@@ -29,8 +30,8 @@ struct InRows {
   // Where the weights of the input channels lie whose values share a lane.
   using Rows = const Element* const (&)[kPaired];
 
-  // One tap of the window for the pixels [From, To) of the rows that are inside the image.
-  template <int R, int P, int V, int From, int To, bool Upper, bool Lower>
+  // One tap of the window for the pixels [From, To) of the rows that are inside the image; Alone: the only one.
+  template <int R, int P, int V, int From, int To, bool Upper, bool Lower, bool Alone = false>
   static GK_INLINE void tap(Sums<R, P, V>& sum, const Element* x, int64_t step, int64_t line, Rows weight,
                             int64_t offset) {
     Operand w[V];
@@ -39,9 +40,20 @@ struct InRows {
     for (int v = 0; v < V; ++v) pin(w[v]);
 #pragma GCC unroll 2
     for (int i = Upper ? 0 : 1; i < (Lower ? 2 : 1); ++i) {
+      const Element* at = x;
 #pragma GCC unroll 16
       for (int p = From; p < To; ++p) {
-        Operand value = Numbers::spread(x + i * line + p * step);
+        Operand value;
+        if constexpr (Alone && P > 7) {
+          // Three to a pointer: else the compiler runs out of registers for their distances.
+          if ((p - From) % 3 == 0) {
+            at = p == From ? x + i * line + p * step : at + 3 * step;
+            asm("" : "+r"(at));
+          }
+          value = Numbers::spread(at + (p - From) % 3 * step);
+        } else {
+          value = Numbers::spread(x + i * line + p * step);
+        }
         pin(value);
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) Numbers::multiply_add(sum.at[i][p][v], value, w[v]);
@@ -53,7 +65,7 @@ struct InRows {
   static GK_INLINE void taps(Sums<R, P, V>& sum, const Element* x, int64_t pixel_step, int64_t step, int64_t line,
                              Rows weight, int64_t offset, bool left, bool right) {
     if constexpr (S == 1) {
-      tap<R, P, V, 0, P, Upper, Lower>(sum, x, step, line, weight, offset);
+      tap<R, P, V, 0, P, Upper, Lower, true>(sum, x, step, line, weight, offset);
     } else {
       if (left) {
         tap<R, P, V, 1, P, Upper, Lower>(sum, x, step, line, weight, offset);
@@ -118,42 +130,52 @@ struct InRows {
       lower[r] = R == 2 && inside(g, input_row(g, row + 1, r));
     }
     static constexpr Element kZeros[kRow] = {};
-    // One long chain of additions would lose digits: sums of some channels are added to the total at a time.
-    Sums<R, P, V> total = {};
+    const bool fetches = cold || ahead.from < ahead.to;
+    const auto multiply = [&](int j, auto fetching) __attribute__((always_inline)) {
+      const int channel = channels ? channels[j] : j;
+      const Element* in = corner + (conv.gathered ? channel : j / kPaired) * conv.channel_step;
+      const Element* rows[kPaired];
+      rows[0] = weight + channel * int64_t{kRow};
+      if constexpr (kPaired == 2) {
+        rows[1] = j + 1 < count ? weight + (channels ? channels[j + 1] : j + 1) * int64_t{kRow} : kZeros;
+      }
+      if (fetching && cold) {
+#pragma GCC unroll 2
+        for (int i = 0; i < kPaired; ++i) {
+          const int soon = j + i + kSoon < count ? j + i + kSoon : count - 1;
+          const Element* next = weight + (channels ? channels[soon] : soon) * int64_t{kRow};
+          bring(next, kRow);
+        }
+      }
+      if (fetching && j >= ahead.from && j < ahead.to) {
+#pragma GCC unroll 2
+        for (int i = 0; i < kPaired; ++i) bring(rows[i] + ahead.distance, kRow);
+      }
+      int64_t offset = 0;
+      for (int r = 0; r < S; ++r, in += line, offset += S * kBlock) {
+        if constexpr (R == 1) {
+          if (upper[r]) taps<S, R, P, V, true, false>(sum, in, pixel_step, step, line, rows, offset, left, right);
+        } else if (upper[r] && lower[r]) {
+          taps<S, R, P, V, true, true>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
+        } else if (upper[r]) {
+          taps<S, R, P, V, true, false>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
+        } else if (lower[r]) {
+          taps<S, R, P, V, false, true>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
+        }
+      }
+    };
+    // One long chain of additions would lose digits: sums of some channels are added to the total at a time. It stays in
+    // memory: the registers are for the sums and what they are made of.
+    Sums<R, P, V> total;
+    asm("" : "=m"(total));
     for (int from = 0; from < count; from += kChain) {
+      asm("" : "+m"(total));
       const int to = count - from > kChain ? from + kChain : count;
-      for (int j = from; j < to; j += kPaired) {
-        const int channel = channels ? channels[j] : j;
-        const Element* in = corner + (conv.gathered ? channel : j / kPaired) * conv.channel_step;
-        const Element* rows[kPaired];
-        rows[0] = weight + channel * int64_t{kRow};
-        if constexpr (kPaired == 2) {
-          rows[1] = j + 1 < count ? weight + (channels ? channels[j + 1] : j + 1) * int64_t{kRow} : kZeros;
-        }
-        if (cold) {
-#pragma GCC unroll 2
-          for (int i = 0; i < kPaired; ++i) {
-            const int soon = j + i + kSoon < count ? j + i + kSoon : count - 1;
-            const Element* next = weight + (channels ? channels[soon] : soon) * int64_t{kRow};
-            bring(next, kRow);
-          }
-        }
-        if (j >= ahead.from && j < ahead.to) {
-#pragma GCC unroll 2
-          for (int i = 0; i < kPaired; ++i) bring(rows[i] + ahead.distance, kRow);
-        }
-        int64_t offset = 0;
-        for (int r = 0; r < S; ++r, in += line, offset += S * kBlock) {
-          if constexpr (R == 1) {
-            if (upper[r]) taps<S, R, P, V, true, false>(sum, in, pixel_step, step, line, rows, offset, left, right);
-          } else if (upper[r] && lower[r]) {
-            taps<S, R, P, V, true, true>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
-          } else if (upper[r]) {
-            taps<S, R, P, V, true, false>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
-          } else if (lower[r]) {
-            taps<S, R, P, V, false, true>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
-          }
-        }
+      // Where little is multiplied for each channel, it counts what else is done for it.
+      if (S == 1 && !fetches) {
+        for (int j = from; j < to; j += kPaired) multiply(j, std::false_type());
+      } else {
+        for (int j = from; j < to; j += kPaired) multiply(j, std::true_type());
       }
       if (count > kChain) {
 #pragma GCC unroll 2
@@ -162,8 +184,9 @@ struct InRows {
           for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 2
             for (int v = 0; v < V; ++v) {
-              total.at[i][p][v] += sum.at[i][p][v];
-              sum.at[i][p][v] = to < count ? Vector<L>{} : total.at[i][p][v];
+              if (from) sum.at[i][p][v] += total.at[i][p][v];
+              total.at[i][p][v] = sum.at[i][p][v];
+              if (to < count) sum.at[i][p][v] = Vector<L>{};
             }
           }
         }
@@ -239,7 +262,7 @@ struct InRows {
       walk<S, Unit, 2, kNarrow>(conv, x, channels, count, block, last, row, paired, residual, y);
     }
     if (paired < end) {
-      walk<S, Unit, 1, kMostPixels>(conv, x, channels, count, block, last, paired, end, residual, y);
+      walk<S, Unit, 1, S == 1 ? kMostAlone : kMostPixels>(conv, x, channels, count, block, last, paired, end, residual, y);
     }
   }
 
