@@ -195,6 +195,8 @@ class Bottleneck {
     if (has_shortcut_) {
       shortcut_ = in_conv(x, geometry(x, 1, stride), floats(*parts.shortcut_weight), floats(*parts.shortcut_bias),
                           conv3_.K, true, false);
+      constexpr int64_t kFarBytes = 1 << 20;
+      shared_shortcut_ = 4 * int64_t{C} * conv3_.K > kFarBytes;
     }
     planes_ = empty({slots_ * hidden_ * plane});
     pixels_ = empty({slots_ * out.H * out.W * whole_lanes(hidden_)});
@@ -209,7 +211,8 @@ class Bottleneck {
     in_order(static_cast<int64_t>(queue_.size()), [&](int64_t at) {
       const Piece& piece = queue_[at];
       // The shortcut is waited for by what is added to it alone; planes and pixels lie where another sample's did.
-      for (int step = piece.step == kLast ? kShortcut : kDecide1; step < piece.step; ++step) finish(piece.sample, step);
+      for (int step = kDecide1; step < piece.step; ++step) finish(piece.sample, step);
+      if (piece.step == kLast) finish(shared_shortcut_ ? 0 : piece.sample, kShortcut);
       if (piece.step == kFirst && piece.sample >= slots_) finish(piece.sample - slots_, kLast);
       compute(piece);
       left(piece.sample, piece.step).fetch_sub(1, std::memory_order_release);
@@ -247,19 +250,23 @@ class Bottleneck {
       for (const Step step : {kShortcut, kFirst, kMiddle, kLast}) all += work(n, step);
     }
     const double target = std::clamp(all / static_cast<double>(24 * threads()), kLeast, kMost);
+    if (shared_shortcut_) push(0, kShortcut, N_ * work(0, kShortcut) / target);
     for (int64_t begin = 0; begin < N_; begin += together_) {
       const int64_t end = std::min(begin + together_, N_);
       for (const Step step : {kDecide1, kShortcut, kFirst, kDecide2, kMiddle, kLast}) {
-        if (step == kShortcut && !has_shortcut_) continue;
+        if (step == kShortcut && (!has_shortcut_ || shared_shortcut_)) continue;
         if ((step == kDecide1 && !gate1_.decider) || (step == kDecide2 && !gate2_.decider)) continue;
-        for (int64_t n = begin; n < end; ++n) {
-          const auto wanted = static_cast<int64_t>(work(n, step) / target);
-          const auto parts = static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, most_parts(n, step)));
-          for (int32_t part = 0; part < parts; ++part) queue_.push_back({static_cast<int32_t>(n), part, parts, step});
-        }
+        for (int64_t n = begin; n < end; ++n) push(n, step, work(n, step) / target);
       }
     }
   }
+
+  void push(int64_t n, Step step, double wanted) {
+    const auto parts = static_cast<int32_t>(std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, most_parts(n, step)));
+    for (int32_t part = 0; part < parts; ++part) queue_.push_back({static_cast<int32_t>(n), part, parts, step});
+  }
+
+  bool shared(Step step) const { return step == kShortcut && shared_shortcut_; }
 
   int64_t most_parts(int64_t n, Step step) const {
     if (step == kDecide1 || step == kDecide2) return 1;
@@ -301,9 +308,22 @@ class Bottleneck {
   };
 
   void run_shortcut(const Piece& piece) {
-    const int64_t n = piece.sample, K = shortcut_.K;
-    run_blocks(piece, shortcut_, x_ + n * in_pixels() * shortcut_.C, nullptr, shortcut_.C, nullptr,
-               y_ + n * out_pixels() * K);
+    const int64_t last = shared_shortcut_ ? N_ : piece.sample + 1;
+    for (int64_t n = piece.sample; n < last; ++n) {
+      run_blocks(piece, shortcut_, x_ + n * in_pixels() * shortcut_.C, nullptr, shortcut_.C, nullptr,
+                 y_ + n * out_pixels() * shortcut_.K);
+    }
+  }
+
+  // A 1 x 1 convolution, block after block.
+  void run_blocks(const Piece& piece, const InConv& conv, const float* in, const int32_t* channels, int32_t count,
+                  const float* residual, float* out) {
+    const Cut cut(piece, ceil_div(conv.K, kBlock), 1, conv.size.OH, conv.K < out_pixels() && !shared(piece.step));
+    if (cut.is_empty()) return;
+    for (int64_t block = cut.from; block < cut.to; ++block) {
+      kernels_for(conv.K).in_rows(conv, in, channels, count, static_cast<int>(block), static_cast<int>(block + 1),
+                                  static_cast<int>(cut.row), static_cast<int>(cut.end), residual, out);
+    }
   }
 
   void decide_first(int64_t n) {
@@ -314,23 +334,6 @@ class Bottleneck {
     }
     for (float& m : mean) m /= static_cast<float>(in_pixels());
     gate1_.decide(n, mean);
-  }
-
-  // A 1 x 1 convolution; some rows at a time, so that its input stays in the first-level cache for all blocks.
-  void run_blocks(const Piece& piece, const InConv& conv, const float* in, const int32_t* channels, int32_t count,
-                  const float* residual, float* out) {
-    constexpr int64_t kBytes = 24 << 10;
-    const Geometry& g = conv.size;
-    const Cut cut(piece, ceil_div(conv.K, kBlock), 1, g.OH, conv.K < out_pixels());
-    if (cut.is_empty()) return;
-    const int64_t rows = std::max<int64_t>(2, kBytes / (4 * std::max(count, 1) * g.OW) / 2 * 2);
-    for (int64_t row = cut.row; row < cut.end; row += rows) {
-      for (int64_t block = cut.from; block < cut.to; ++block) {
-        kernels_for(conv.K).in_rows(conv, in, channels, count, static_cast<int>(block), static_cast<int>(block + 1),
-                                    static_cast<int>(row), static_cast<int>(std::min(row + rows, cut.end)), residual,
-                                    out);
-      }
-    }
   }
 
   void run_first(const Piece& piece) {
@@ -437,6 +440,7 @@ class Bottleneck {
   const float* x_;
   float* y_;
   bool has_shortcut_;  // which writes into the result, where the block is added to it
+  bool shared_shortcut_ = false;  // block after block for all samples: its weights are too many to be fetched for each
   int64_t together_;   // samples that are computed side by side
   int64_t slots_;      // for planes and pixels, which samples take in turn
   OutConv conv1_;
