@@ -65,7 +65,7 @@ class Block {
       offset_[n + 1] = offset_[n] + (kept ? hidden : count) * plane;
       const bool tiled = !far || 4 * count >= 3 * hidden;
       tiled1_[n] = tiled && weights1.transformed && out_tiles_pay(grid1_, count);
-      tiled2_[n] = tiled && weights2.transformed && in_tiles_pay(grid2_, count);
+      tiled2_[n] = tiled && weights2.transformed && in_tiles_pay(grid2_, count, N_, pixels * conv2_.K);
     }
     if (shortcut) {
       shortcut_ = in_conv(x, geometry(x, 1, stride), shortcut->weight, shortcut->bias, conv2_.K, true, false);
@@ -96,6 +96,7 @@ class Block {
       operations += plan_.count[n] * conv2_.size.H * (row1 + row2 * static_cast<double>(blocks));
     }
     Queue queue(N_, conv2_.size.H, operations);
+    std::vector<int64_t> reached(N_, 0);  // how far a sample's list is cut
     for (int64_t begin = 0; begin < N_; begin += group) {
       const int64_t end = std::min(begin + group, N_);
       for (int64_t n = begin; n < end && skip_; ++n) {
@@ -110,9 +111,9 @@ class Block {
       for (int64_t c = 0; c < hidden_; c += slice) {
         for (int64_t n = begin; n < end; ++n) {
           if (tiled1_[n]) continue;
-          const int32_t *list = plan_.list(n), *last = list + plan_.count[n];
-          queue.add_rows(n, Stage::out_rows, std::lower_bound(list, last, c) - list,
-                         std::lower_bound(list, last, c + slice) - list, together, row1, whole);
+          const int64_t next = plan_.position(n, c + slice, together);
+          queue.add_rows(n, Stage::out_rows, reached[n], next, together, row1, whole);
+          reached[n] = next;
         }
       }
       for (int64_t n = begin; n < end; ++n) {

@@ -1,6 +1,7 @@
 // The gated basic block in bfloat16: as block.cpp does it, with sums in float32 and a hidden activation of bfloat16
 // pairs. Processors without these products compute it in float32.
 #include <algorithm>
+#include <numeric>
 
 #include "block.h"
 #include "conv.h"
@@ -135,12 +136,14 @@ class PairBlock {
     const bool sliced = hidden_ * filter_bytes > 2 * kCacheBytes, whole = hidden_ * filter_bytes > image_bytes;
     const int64_t slice = sliced ? std::max<int64_t>(kCacheBytes / filter_bytes, 8) : hidden_;
     const int64_t group = sliced ? 16 : threads(), together = run_.channels_together(conv1_.size.OW);
+    const int64_t tile = std::lcm(together, 2);
     const double row1 = 18.0 * conv1_.C * conv1_.size.OW / kSpeedUp, row2 = 18.0 * kBlock * conv2_.size.OW / kSpeedUp;
     double operations = 0;
     for (int64_t n = 0; n < N_; ++n) {
       operations += plan_.count[n] * conv1_.size.OH * (row1 + row2 * static_cast<double>(blocks));
     }
     Queue queue(N_, conv1_.size.OH, operations);
+    std::vector<int64_t> reached(N_, 0);  // how far a sample's list is cut
     for (int64_t begin = 0; begin < N_; begin += group) {
       const int64_t end = std::min(begin + group, N_);
       for (int64_t n = begin; n < end && skip_; ++n) {
@@ -154,11 +157,9 @@ class PairBlock {
       for (int64_t c = 0; c < hidden_; c += slice) {
         for (int64_t n = begin; n < end; ++n) {
           if (tiled1_[n]) continue;
-          const int32_t *list = plan_.list(n), *last = list + plan_.count[n];
-          auto position = [&](int64_t channel) {
-            return channel < hidden_ ? (std::lower_bound(list, last, channel) - list) / 2 * 2 : plan_.count[n];
-          };
-          queue.add_rows(n, Stage::out_rows, position(c), position(c + slice), together, row1, whole);
+          const int64_t next = plan_.position(n, c + slice, tile);
+          queue.add_rows(n, Stage::out_rows, reached[n], next, together, row1, whole);
+          reached[n] = next;
         }
       }
       for (int64_t n = begin; n < end; ++n) {

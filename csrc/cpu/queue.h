@@ -38,7 +38,9 @@ class Queue {
   Queue(int64_t N, int64_t height, double operations)
       : pending(N, 0),
         height_(height),
-        target_(std::clamp(operations / static_cast<double>(24 * threads()), kLeastOperations, kMostOperations)) {}
+        target_(std::clamp(operations / static_cast<double>(24 * threads()), kLeastOperations, kMostOperations)) {
+    items.reserve(512);
+  }
 
   // Cuts [from, to), each row of each channel or block worth `operations`, into items of a handy size. `unit` channels
   // are best computed together. Whole images are cut by channels first, so that nobody reads another's weights; other

@@ -70,7 +70,8 @@ bool sliced_tiles_pay(const Tensor& x, int64_t taps, int64_t stride, int64_t mos
   constexpr int64_t kLeastTiles = 256;  // of the batch, for which transforming the filters pays; measured on Zen 4
   if (taps != 3 || stride != 1 || x.size(0) < threads()) return false;
   const TileGrid grid(geometry(x, taps, stride));
-  return x.size(0) * grid.tiles() >= kLeastTiles && in_tiles_pay(grid, static_cast<int32_t>(most));
+  const int64_t image = x.size(1) * x.size(2) * x.size(3);
+  return x.size(0) * grid.tiles() >= kLeastTiles && in_tiles_pay(grid, static_cast<int32_t>(most), x.size(0), image);
 }
 
 Tensor sliced_on_tiles(const Tensor& given_x, const Tensor& filters, const float* bias, int64_t K, const Plan* ins,

@@ -75,6 +75,12 @@ Plan::Plan(const Tensor& width, int64_t samples_, int64_t channels_)
   count = own_count.data();
 }
 
+int64_t Plan::position(int64_t sample, int64_t channel, int64_t unit) const {
+  if (channel >= channels) return count[sample];
+  const int32_t *first = list(sample), *last = first + count[sample];
+  return (std::lower_bound(first, last, channel) - first) / unit * unit;
+}
+
 int64_t Plan::most() const { return samples ? *std::max_element(count, count + samples) : 0; }
 
 std::vector<int32_t> Plan::uses() const {

@@ -75,6 +75,9 @@ struct Plan {
   Plan(const Tensor& width, int64_t samples, int64_t channels);                       // int32 (N,)
 
   const int32_t* list(int64_t sample) const { return index ? index + sample * channels : nullptr; }
+  // Where in a sample's list the channels from `channel` on begin, in whole register tiles of `unit` channels: slices
+  // of weights that end in the middle of one would leave lanes of it without work.
+  int64_t position(int64_t sample, int64_t channel, int64_t unit) const;
   int64_t most() const;               // active channels of the widest sample
   std::vector<int32_t> uses() const;  // by how many samples each channel is active
 };

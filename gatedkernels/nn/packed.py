@@ -93,7 +93,7 @@ class PackedGate(Packed):
     @property
     def decisions(self) -> int:
         """How many channels, or groups of them, are decided about."""
-        return len(self.bias2)
+        return self._buffers["bias2"].shape[0]
 
     def layers(self) -> list[Tensor]:
         """Weights and bias of the hidden layer and of the last one."""
@@ -102,7 +102,7 @@ class PackedGate(Packed):
     def forward(self, x: Tensor) -> Tensor:
         """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""
         mask = self._decide(x)
-        return mask if self.fixed is None else self.fixed(len(x))
+        return mask if self.fixed is None else self.fixed(x.shape[0])
 
     def _decide(self, x: Tensor) -> Tensor:
         check_images(x, self.shapes[0].in_channels, self.weight1, is_computed=True)

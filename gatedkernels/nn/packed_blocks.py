@@ -167,7 +167,7 @@ class PackedBasicBlock(PackedResidual):
     def given_mask(self, x: Tensor) -> Tensor | None:
         """What is opened for these images instead of the gate's decision, if anything; see `fix_gates`."""
         gate = cast(PackedGate | None, self._modules["gate"])
-        return None if gate is None or gate.fixed is None else gate.fixed(len(x))
+        return None if gate is None or gate.fixed is None else gate.fixed(x.shape[0])
 
     def _is_one(self) -> bool:
         """Whether one operator does it all: nobody listens to the gate or the shortcut, which then are no calls."""
@@ -212,7 +212,7 @@ class PackedBasicBlock(PackedResidual):
     def _run_coded(self, x: Tensor, gate: PackedCodebookGate) -> tuple[Tensor, Tensor]:
         table, codes, lists = gate.table, None, (gate.index, gate.count)
         if gate.fixed is not None:
-            table, codes = gate.fixed(len(x))
+            table, codes = gate.fixed(x.shape[0])
             lists = _ops.plan(spread(table, self.shapes[0].out_channels))
         weights, stride = (self.weight1, self.bias1, self.weight2, self.bias2), self.shapes[0].stride[0]
         y, decided = _ops.packed_coded_residual(x, *gate.layers(), *weights, *lists, codes, *self._shortcut(), stride)

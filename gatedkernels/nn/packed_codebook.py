@@ -36,7 +36,7 @@ class PackedCodebookGate(PackedGate):
         """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""
         check_images(x, self.shapes[0].in_channels, self.weight1, is_computed=True)
         codes = torch.ops.gatedkernels.code_gate(x, *self.layers())
-        table, codes = (self.table, codes) if self.fixed is None else self.fixed(len(x))
+        table, codes = (self.table, codes) if self.fixed is None else self.fixed(x.shape[0])
         return table[codes]
 
 

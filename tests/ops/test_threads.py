@@ -173,3 +173,18 @@ def test_nested_in_a_parallel_region(name: str):
     for nested, y in results.values():
         assert nested
         assert_right(y, expected)
+
+
+def test_a_gate_decides_alike_alone_and_in_a_batch():
+    """Threads share the weights of a single image's gate, and samples of a batch share them too: the same sums."""
+    c, m = 330, 121
+    x = torch.randn(7, c, 5, 4)
+    gate = [torch.randn(m, c) / 18, torch.randn(m), torch.randn(c + 3, m) / 11, torch.randn(c + 3)]
+    torch.set_num_threads(1)
+    expected = torch.ops.gatedkernels.channel_gate(x, *gate)
+    assert 0.3 < expected.float().mean() < 0.7
+    for threads in (1, 2, 3, 40):
+        torch.set_num_threads(threads)
+        assert torch.equal(torch.ops.gatedkernels.channel_gate(x, *gate), expected)
+        alone = [torch.ops.gatedkernels.channel_gate(image[None], *gate) for image in x]
+        assert torch.equal(torch.cat(alone), expected)

@@ -178,10 +178,12 @@ struct Kernels {
   void (*add_pixels)(const float* x, int64_t pixels, int64_t step, int64_t C, float* sum);
   // y[c] = the largest pixels[p][c] of `count` pixels.
   void (*max_pixels)(const float* const* pixels, int count, int64_t C, float* y);
-  // y = weight (K, C) times x, plus bias.
-  void (*linear)(const float* weight, const float* bias, const float* x, int64_t C, int64_t K, float* y);
+  // y[n] = weight (K, C) times x[n], plus bias, for samples that follow each other.
+  void (*linear)(const float* weight, const float* bias, const float* x, int64_t samples, int64_t C, int64_t K,
+                 float* y);
   // The same of weights that are the bits of bfloat16.
-  void (*linear_narrow)(const uint16_t* weight, const float* bias, const float* x, int64_t C, int64_t K, float* y);
+  void (*linear_narrow)(const uint16_t* weight, const float* bias, const float* x, int64_t samples, int64_t C,
+                        int64_t K, float* y);
   void (*linear_panel)(const LinearPanel&);
   // panel[c][l] = rows[l][c] for kBlock rows.
   void (*gather_rows)(const float* const* rows, int64_t inputs, float* panel);
