@@ -10,6 +10,7 @@
 
 #include "conv.h"
 #include "cpu/vector.h"
+#include "gate.h"
 #include "queue.h"
 
 namespace gatedkernels {
@@ -76,9 +77,9 @@ class Decider {
   void decide(const std::vector<float>& mean, bool* open) const {
     const int64_t C = layers_[0]->size(1), inner = layers_[0]->size(0), K = decisions();
     std::vector<float> hidden(inner), logits(K);
-    kernels().linear(floats(layers_[0]), floats(layers_[1]), mean.data(), C, inner, hidden.data());
+    kernels().linear(floats(layers_[0]), floats(layers_[1]), mean.data(), 1, C, inner, hidden.data());
     for (float& value : hidden) value = std::max(value, 0.0f);
-    kernels().linear(floats(layers_[2]), floats(layers_[3]), hidden.data(), inner, K, logits.data());
+    kernels().linear(floats(layers_[2]), floats(layers_[3]), hidden.data(), 1, inner, K, logits.data());
     std::transform(logits.begin(), logits.end(), open, [](float logit) { return logit >= 0.0f; });
   }
 
@@ -145,13 +146,15 @@ struct Gate {
   Open open;
   bool known;  // because the mask is given, or there is no gate
 
-  Gate(const MaybeTensor* layers, const MaybeTensor& given, int64_t N, int64_t channels)
-      : decider(*layers ? std::optional<Decider>(layers) : std::nullopt),
-        decided(empty({N, decider ? decider->decisions() : channels}, ScalarType::Bool)),
+  // With images it decides at once, for all samples together.
+  Gate(const MaybeTensor* layers, const MaybeTensor& given, int64_t N, int64_t channels, const Tensor* images = nullptr)
+      : decider(*layers && !images ? std::optional<Decider>(layers) : std::nullopt),
+        decided(images ? channel_gate(*images, *layers[0], *layers[1], *layers[2], *layers[3])
+                       : empty({N, decider ? decider->decisions() : channels}, ScalarType::Bool)),
         open(N, channels),
         known(given || !decider) {
     STD_TORCH_CHECK(decided.size(1) > 0 && channels % decided.size(1) == 0, "a gate decides about groups of channels");
-    if (!decider) std::fill_n(decided.mutable_data_ptr<bool>(), decided.numel(), true);
+    if (!*layers) std::fill_n(decided.mutable_data_ptr<bool>(), decided.numel(), true);
     if (!known) return;
     const Tensor mask = row_major(given ? *given : decided);
     const int64_t decisions = mask.size(1);
@@ -477,7 +480,11 @@ std::tuple<Tensor, Tensor> run_bottleneck(const Tensor& x, const std::vector<May
   const Parts parts(tensors);
   check_shapes(parts, x, stride);
   const int64_t N = x.size(0), hidden = parts.bias1->size(0);
-  Gate gate1(parts.gate1, mask1, N, hidden), gate2(parts.gate2, mask2, N, hidden);
+  // A gate of more weights than a sample has values is best read for several samples, or by all threads for one. Else
+  // the sample's values, which come from afar, are read for the gate and the convolution one after the other.
+  const MaybeTensor& layer = parts.gate1[0];
+  const bool at_once = layer && (N < threads() || layer->numel() > x.numel() / std::max<int64_t>(N, 1));
+  Gate gate1(parts.gate1, mask1, N, hidden, at_once ? &x : nullptr), gate2(parts.gate2, mask2, N, hidden);
   if (y.numel()) Bottleneck(parts, x, gate1, gate2, stride, y).run();
   return {gate1.decided, gate2.decided};
 }
