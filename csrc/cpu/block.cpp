@@ -57,13 +57,13 @@ class Block {
     if (N_ == 1) conv1_.turns = conv2_.turns = static_cast<int>(threads());
     tiles1_ = conv1_, tiles1_.weight = weights1.transformed;
     tiles2_ = conv2_, tiles2_.weight = weights2.transformed;
-    // Transformed weights are 16 / 9 as many. Where they come from memory, and few samples share them, that costs more
-    // than it saves, unless most of them are read, one after the other.
+    // Transformed weights are 16 / 9 as many. Where they come from memory, few samples share them and little is
+    // computed with each, that costs more than it saves.
     const bool far = 64 * hidden * (conv1_.C + conv2_.K) > kFarBytes && N_ < 4;
     for (int64_t n = 0; n < N_; ++n) {
       const int32_t count = plan.count[n];
       offset_[n + 1] = offset_[n] + (kept ? hidden : count) * plane;
-      const bool tiled = !far || 4 * count >= 3 * hidden;
+      const bool tiled = !far || 6 * count >= hidden;
       tiled1_[n] = tiled && weights1.transformed && out_tiles_pay(grid1_, count);
       tiled2_[n] = tiled && weights2.transformed && in_tiles_pay(grid2_, count, N_, pixels * conv2_.K);
     }
