@@ -181,8 +181,7 @@ NETWORKS = tuple(
 
 # ResNet-50 and its blocks without shortcuts.
 BOTTLENECKS = tuple(
-    BottleneckCase(*shape, batch, density)
-    for shape, batch, density in product(SHAPES, BATCHES, (0.2, 0.3, 0.5, 1.0))
+    BottleneckCase(*shape, batch, density) for shape, batch, density in product(SHAPES, BATCHES, (0.2, 0.3, 0.5, 1.0))
 )
 NETWORKS_50 = tuple(replace(case, model="gated_resnet50") for case in NETWORKS)
 

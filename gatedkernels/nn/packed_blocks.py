@@ -242,7 +242,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, branch: Branch | None) ->
 
 
 class PackedBottleneck(PackedResidual):
-    """A `GatedBottleneck` as one operation on CPUs, in float32; else, and where somebody listens, as its convolutions."""
+    """A `GatedBottleneck` as one operation on CPUs, in float32; else, or where somebody listens, as a chain."""
 
     weight1: Tensor
     bias1: Tensor

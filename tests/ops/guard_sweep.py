@@ -55,9 +55,7 @@ def guard(tensor: Tensor, at_end: bool) -> Tensor:
 
 def each(arguments: Iterable[Any], change: Callable[[Tensor], Any]) -> list[Any]:
     """The arguments, tensors changed, those in lists too."""
-    return [
-        change(a) if isinstance(a, Tensor) else each(a, change) if isinstance(a, list) else a for a in arguments
-    ]
+    return [change(a) if isinstance(a, Tensor) else each(a, change) if isinstance(a, list) else a for a in arguments]
 
 
 def check(name: str, *arguments: Any, results: int | None = None) -> None:
