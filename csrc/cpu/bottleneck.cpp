@@ -1,6 +1,6 @@
-// A whole gated bottleneck as one operator, in one parallel region: the first gate decides, the 1 x 1 convolution leaves
-// planes of its open channels and their sums, the second gate decides from these, the 3 x 3 convolution computes open
-// channels from open channels, and the last one reads them where they lie.
+// A whole gated bottleneck as one operator, in one parallel region: the first gate decides, the 1 x 1 convolution
+// leaves planes of its open channels and their sums, the second gate decides from these, the 3 x 3 convolution computes
+// open channels from open channels, and the last one reads them where they lie.
 // The middle convolution is the in-gated one with weights of fewer output channels, which every thread gathers for the
 // sample and the block of channels that it is at: one vector moved for many that are multiplied.
 #include <algorithm>
@@ -8,9 +8,9 @@
 #include <memory>
 #include <vector>
 
+#include "bottleneck_gates.h"
 #include "conv.h"
 #include "cpu/vector.h"
-#include "gate.h"
 #include "queue.h"
 
 namespace gatedkernels {
@@ -19,73 +19,6 @@ namespace {
 constexpr int64_t kLane = 16;  // gathered channels come in whole vectors
 
 int64_t whole_lanes(int64_t channels) { return ceil_div(channels, kLane) * kLane; }
-
-// The tensors of a block, in the order of the operator's list.
-struct Parts {
-  static constexpr size_t kMany = 16;
-  const MaybeTensor *gate1, *gate2;  // four each, or nothing
-  const Tensor *weight1, *bias1, *weight2, *bias2, *weight3, *bias3;
-  const MaybeTensor *shortcut_weight, *shortcut_bias;
-
-  explicit Parts(const std::vector<MaybeTensor>& p) {
-    STD_TORCH_CHECK(p.size() == kMany, "a bottleneck has sixteen parts");
-    STD_TORCH_CHECK(std::all_of(&p[8], &p[14], [](const MaybeTensor& t) { return t && t->is_contiguous(); }),
-                    "a bottleneck has three convolutions, packed");
-    for (const size_t gate : {0, 4}) {
-      STD_TORCH_CHECK(!p[gate] || std::all_of(&p[gate], &p[gate] + 4, [](const MaybeTensor& t) { return t.has_value(); }),
-                      "a gate has two layers");
-    }
-    gate1 = &p[0], gate2 = &p[4];
-    weight1 = &*p[8], bias1 = &*p[9], weight2 = &*p[10], bias2 = &*p[11], weight3 = &*p[12], bias3 = &*p[13];
-    shortcut_weight = &p[14], shortcut_bias = &p[15];
-  }
-};
-
-// Lists of open channels, sample by sample; neighbouring channels may share a decision.
-struct Open {
-  int64_t channels;
-  std::vector<int32_t> index, count;
-
-  Open(int64_t samples, int64_t channels_) : channels(channels_), index(samples * channels), count(samples) {}
-
-  void set(int64_t n, const bool* open, int64_t decisions) {
-    const int64_t group = channels / decisions;
-    int32_t* list = index.data() + n * channels;
-    int32_t active = 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      list[active] = static_cast<int32_t>(c);
-      active += open[c / group];
-    }
-    count[n] = active;
-  }
-
-  const int32_t* list(int64_t n) const { return index.data() + n * channels; }
-};
-
-// A gate, from the mean of every channel.
-class Decider {
- public:
-  explicit Decider(const MaybeTensor* layers) : layers_(layers) {
-    for (int i = 0; i < 4; ++i) check_float(*layers[i], i % 2 ? 1 : 2);
-    STD_TORCH_CHECK(decisions() == layers[2]->size(0) && layers[2]->size(1) == layers[0]->size(0) &&
-                        layers[0]->size(0) == layers[1]->size(0),
-                    "the gate's weights are (M, C) and (K, M)");
-  }
-
-  int64_t decisions() const { return layers_[3]->size(0); }
-
-  void decide(const std::vector<float>& mean, bool* open) const {
-    const int64_t C = layers_[0]->size(1), inner = layers_[0]->size(0), K = decisions();
-    std::vector<float> hidden(inner), logits(K);
-    kernels().linear(floats(layers_[0]), floats(layers_[1]), mean.data(), 1, C, inner, hidden.data());
-    for (float& value : hidden) value = std::max(value, 0.0f);
-    kernels().linear(floats(layers_[2]), floats(layers_[3]), hidden.data(), 1, inner, K, logits.data());
-    std::transform(logits.begin(), logits.end(), open, [](float logit) { return logit >= 0.0f; });
-  }
-
- private:
-  const MaybeTensor* layers_;
-};
 
 // The sum of a row of a plane, in an order of its own.
 float row_sum(const float* row, int64_t width) {
@@ -139,45 +72,11 @@ struct Piece {
   Step step;
 };
 
-// One of the two gates of a block, and what is open behind it.
-struct Gate {
-  std::optional<Decider> decider;
-  Tensor decided;  // bool (N, decisions)
-  Open open;
-  bool known;  // because the mask is given, or there is no gate
-
-  // With images it decides at once, for all samples together.
-  Gate(const MaybeTensor* layers, const MaybeTensor& given, int64_t N, int64_t channels, const Tensor* images = nullptr)
-      : decider(*layers && !images ? std::optional<Decider>(layers) : std::nullopt),
-        decided(images ? channel_gate(*images, *layers[0], *layers[1], *layers[2], *layers[3])
-                       : empty({N, decider ? decider->decisions() : channels}, ScalarType::Bool)),
-        open(N, channels),
-        known(given || !decider) {
-    STD_TORCH_CHECK(decided.size(1) > 0 && channels % decided.size(1) == 0, "a gate decides about groups of channels");
-    if (!*layers) std::fill_n(decided.mutable_data_ptr<bool>(), decided.numel(), true);
-    if (!known) return;
-    const Tensor mask = row_major(given ? *given : decided);
-    const int64_t decisions = mask.size(1);
-    STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 2 && mask.size(0) == N && decisions > 0 &&
-                        channels % decisions == 0,
-                    "masks are bool, (N, M / group)");
-    for (int64_t n = 0; n < N; ++n) open.set(n, mask.const_data_ptr<bool>() + n * decisions, decisions);
-  }
-
-  void decide(int64_t n, const std::vector<float>& mean) {
-    bool* mask = decided.mutable_data_ptr<bool>() + n * decided.size(1);
-    decider->decide(mean, mask);
-    if (!known) open.set(n, mask, decided.size(1));
-  }
-
-  // Open channels of a sample, or a guess.
-  int64_t expected(int64_t n) const { return known ? open.count[n] : ceil_div(open.channels, 2); }
-};
-
 class Bottleneck {
  public:
   // y may be x itself.
-  Bottleneck(const Parts& parts, const Tensor& x, Gate& gate1, Gate& gate2, int64_t stride, const Tensor& y)
+  Bottleneck(const BottleneckParts& parts, const Tensor& x, BottleneckGate& gate1, BottleneckGate& gate2,
+             int64_t stride, const Tensor& y)
       : N_(x.size(0)),
         hidden_(parts.bias1->size(0)),
         gate1_(gate1),
@@ -297,12 +196,13 @@ class Bottleneck {
   struct Cut {
     int64_t from, to, row, end;
 
-    Cut(const Piece& piece, int64_t many, int64_t unit, int64_t height, bool by_rows) : from(0), to(many), row(0), end(height) {
+    Cut(const Piece& piece, int64_t many, int64_t unit, int64_t height, bool by_rows)
+        : from(0), to(many), row(0), end(height) {
       const auto share = [&](int64_t all, int64_t unit_, int64_t part) {
         return std::min(all, ceil_div(all, unit_) * part / piece.parts * unit_);
       };
-      if (by_rows) {
-        row = share(height, 2, piece.part), end = share(height, 2, piece.part + 1);  // narrow images go in pairs of rows
+      if (by_rows) {  // in pairs, as narrow images are computed
+        row = share(height, 2, piece.part), end = share(height, 2, piece.part + 1);
       } else {
         from = share(many, unit, piece.part), to = share(many, unit, piece.part + 1);
       }
@@ -439,7 +339,7 @@ class Bottleneck {
   }
 
   int64_t N_, hidden_;
-  Gate &gate1_, &gate2_;
+  BottleneckGate &gate1_, &gate2_;
   const float* x_;
   float* y_;
   bool has_shortcut_;  // which writes into the result, where the block is added to it
@@ -454,7 +354,7 @@ class Bottleneck {
   const uint64_t call_ = ThreadBlock::next_call();
 };
 
-void check_shapes(const Parts& parts, const Tensor& x, int64_t stride) {
+void check_shapes(const BottleneckParts& parts, const Tensor& x, int64_t stride) {
   check_float(x, 4);
   for (const Tensor* weight : {parts.weight2, parts.weight3}) check_float(*weight, 5);
   check_float(*parts.weight1, 4);
@@ -477,14 +377,14 @@ void check_shapes(const Parts& parts, const Tensor& x, int64_t stride) {
 std::tuple<Tensor, Tensor> run_bottleneck(const Tensor& x, const std::vector<MaybeTensor>& tensors,
                                           const MaybeTensor& mask1, const MaybeTensor& mask2, int64_t stride,
                                           const Tensor& y) {
-  const Parts parts(tensors);
+  const BottleneckParts parts(tensors);
   check_shapes(parts, x, stride);
   const int64_t N = x.size(0), hidden = parts.bias1->size(0);
   // A gate of more weights than a sample has values is best read for several samples, or by all threads for one. Else
   // the sample's values, which come from afar, are read for the gate and the convolution one after the other.
   const MaybeTensor& layer = parts.gate1[0];
   const bool at_once = layer && (N < threads() || layer->numel() > x.numel() / std::max<int64_t>(N, 1));
-  Gate gate1(parts.gate1, mask1, N, hidden, at_once ? &x : nullptr), gate2(parts.gate2, mask2, N, hidden);
+  BottleneckGate gate1(parts.gate1, mask1, N, hidden, at_once ? &x : nullptr), gate2(parts.gate2, mask2, N, hidden);
   if (y.numel()) Bottleneck(parts, x, gate1, gate2, stride, y).run();
   return {gate1.decided, gate2.decided};
 }
@@ -497,7 +397,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_bottleneck(const Tensor& given_x, cons
   check_float(given_x, 4);
   const Tensor x = channels_last(given_x);
   const Geometry size = geometry(x, 3, stride);
-  const int64_t K = Parts(parts).bias3->size(0);
+  const int64_t K = BottleneckParts(parts).bias3->size(0);
   Tensor y = empty({x.size(0), K, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
   const auto [decided1, decided2] = run_bottleneck(x, parts, mask1, mask2, stride, y);
   return {y, decided1, decided2};
@@ -507,7 +407,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_bottleneck(const Tensor& given_x, cons
 std::tuple<Tensor, Tensor> packed_bottleneck_(const Tensor& x, const std::vector<MaybeTensor>& parts,
                                               const MaybeTensor& mask1, const MaybeTensor& mask2) {
   check_float(x, 4);
-  STD_TORCH_CHECK(is_channels_last(x) && !*Parts(parts).shortcut_weight, "the result has the layout of the images");
+  STD_TORCH_CHECK(is_channels_last(x) && !*BottleneckParts(parts).shortcut_weight,
+                  "the result has the layout of the images");
   return run_bottleneck(x, parts, mask1, mask2, 1, x);
 }
 

@@ -1,6 +1,7 @@
-// Columns of packed filters: for listed input channels, the weights of listed output channels side by side, in the layout
-// that the in-gated kernel reads. An input channel costs nothing but a pointer; output channels are lanes, and have to be
-// moved: every vector of the result is put together from those that hold its channels, all taps of a window at a time.
+// Columns of packed filters: for listed input channels, the weights of listed output channels side by side, in the
+// layout that the in-gated kernel reads. An input channel costs nothing but a pointer; output channels are lanes, and
+// have to be moved: every vector of the result is put together from those that hold its channels, all taps of a window
+// at a time.
 #pragma once
 
 #include "cpu/kernels.h"

@@ -3,6 +3,8 @@
 // A tile is R rows of P pixels times two vectors of output channels.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/bring.h"
 #include "cpu/numbers.h"
 #include "cpu/rows.h"
@@ -164,8 +166,8 @@ struct InRows {
         }
       }
     };
-    // One long chain of additions would lose digits: sums of some channels are added to the total at a time. It stays in
-    // memory: the registers are for the sums and what they are made of.
+    // One long chain of additions would lose digits: sums of some channels are added to the total at a time. It stays
+    // in memory: the registers are for the sums and what they are made of.
     Sums<R, P, V> total;
     asm("" : "=m"(total));
     for (int from = 0; from < count; from += kChain) {
@@ -262,7 +264,8 @@ struct InRows {
       walk<S, Unit, 2, kNarrow>(conv, x, channels, count, block, last, row, paired, residual, y);
     }
     if (paired < end) {
-      walk<S, Unit, 1, S == 1 ? kMostAlone : kMostPixels>(conv, x, channels, count, block, last, paired, end, residual, y);
+      constexpr int kMost = S == 1 ? kMostAlone : kMostPixels;
+      walk<S, Unit, 1, kMost>(conv, x, channels, count, block, last, paired, end, residual, y);
     }
   }
 
