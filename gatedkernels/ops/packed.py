@@ -172,7 +172,7 @@ def _packed_residual(
 def _packed_bottleneck(
     x: Tensor, parts: Sequence[Tensor | None], mask1: Tensor | None, mask2: Tensor | None, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    own = cast(list[Any], list(parts))
+    own: list[Any] = list(parts)
     weight1, bias1, weight2, bias2, weight3, bias3 = own[8:14]
     hidden = len(bias1)
 
