@@ -146,7 +146,7 @@ Tensor dense_conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& bi
   Tensor images = in_best_layout(x, weight.numel(), 5);
   if (const MaybeTensor closed = closing(in_mask)) {
     images = in_layout(images, layout_like(images));
-    if (images.const_data_ptr() == x.const_data_ptr()) images = torch::stable::clone(images);
+    if (images.const_data_ptr() == x.const_data_ptr()) images = library_clone(images);
     finish(images, std::nullopt, closed, false);
   }
   Tensor y = convolve(images, weight, bias, stride);
@@ -160,7 +160,8 @@ Tensor dense_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bi
   Tensor hidden = convolve(in_best_layout(x, weight1.numel() + weight2.numel(), 4), weight1, bias1, stride);
   finish(hidden, std::nullopt, closing(mask), true);
   Tensor y = convolve(hidden, weight2, bias2, 1);
-  const MaybeTensor skip = residual ? MaybeTensor(in_layout(*residual, layout_like(y))) : residual;
+  MaybeTensor skip;
+  if (residual) skip = in_layout(*residual, layout_like(y));
   STD_TORCH_CHECK(!skip || same_strides(*skip, y), "residual has the shape of the result");
   finish(y, skip, std::nullopt, true);
   return in_layout(y, format);

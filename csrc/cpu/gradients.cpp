@@ -45,18 +45,18 @@ Planes Planes::of(const Tensor& images, const Plan& plan) {
 
 namespace {
 
-// Filters of T taps, each `step` floats behind the one before, exchanged with lanes: lanes[t][l] and filters[l][t].
+// Filters of T taps exchanged with lanes: lanes[t][l] and filters[l][t].
 template <int T>
-void to_lanes(const float* filters, int64_t step, int64_t count, float* lanes) {
+void to_lanes(const float* filters, int64_t count, float* lanes) {
   for (int64_t l = 0; l < count; ++l) {
-    for (int t = 0; t < T; ++t) lanes[t * kBlock + l] = filters[l * step + T - 1 - t];  // the window mirrored
+    for (int t = 0; t < T; ++t) lanes[t * kBlock + l] = filters[l * T + T - 1 - t];  // the window mirrored
   }
 }
 
 template <int T>
-void from_lanes(const float* lanes, int64_t count, int64_t step, float* filters) {
+void from_lanes(const float* lanes, int64_t count, float* filters) {
   for (int64_t l = 0; l < count; ++l) {
-    for (int t = 0; t < T; ++t) filters[l * step + t] = lanes[t * kBlock + l];
+    for (int t = 0; t < T; ++t) filters[l * T + t] = lanes[t * kBlock + l];
   }
 }
 
@@ -66,47 +66,52 @@ TurnedFilters::TurnedFilters(const Tensor& given, const Plan& plan)
     // Filters of one tap or of one input channel lie alike in both layouts.
     : by_taps(given.size(2) > 1 && given.size(1) > 1 && is_channels_last(given)),
       weight(by_taps ? given : row_major(given)),
-      used(plan.uses()) {}
+      used(plan.uses()),
+      floats_(floats(weight)) {}
 
 void TurnedFilters::block(int64_t block, int64_t from, int64_t to, float* turned) const {
   const int64_t C = weight.size(1), taps = weight.size(2) * weight.size(3);
   const int64_t first = block * kBlock, lanes = std::min<int64_t>(kBlock, C - first);
-  const float* filters = floats(weight) + first * taps;
+  const float* filters = floats_ + first * taps;
   for (int64_t k = from; k < to; ++k) {
     if (!used[k]) continue;
     float* row = turned + k * taps * kBlock;
     if (lanes < kBlock) std::fill_n(row, taps * kBlock, 0.0f);
     if (by_taps) {
-      const float* filter = floats(weight) + k * C * taps + first;
+      const float* filter = floats_ + k * C * taps + first;
       for (int64_t t = 0; t < taps; ++t) std::copy_n(filter + (taps - 1 - t) * C, lanes, row + t * kBlock);
       continue;
     }
-    (taps == 9 ? to_lanes<9> : to_lanes<1>)(filters + k * C * taps, taps, lanes, row);
+    (taps == 9 ? to_lanes<9> : to_lanes<1>)(filters + k * C * taps, lanes, row);
   }
 }
 
 void TurnedFilters::rows(int64_t from, int64_t to, float* turned) const {
   const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
+  const int64_t tap = by_taps ? C : 1, channel = by_taps ? 1 : taps;
+  std::vector<int64_t> open;
+  for (int64_t c = from; c < to; ++c) {
+    if (used[c]) open.push_back(c);
+  }
+  const int64_t count = static_cast<int64_t>(open.size());
   // Neighbours in a row are far apart in the weights, and may share a cache set: some of each are copied side by side.
   constexpr int64_t kTogether = 16;
   float near[kTogether][kTogether * 9];
   for (int64_t first = 0; first < K; first += kTogether) {
     const int64_t many = std::min(kTogether, K - first);
-    for (int64_t begin = from; begin < to; begin += kTogether) {
-      const int64_t end = std::min(begin + kTogether, to);
+    for (int64_t begin = 0; begin < count; begin += kTogether) {
+      const int64_t end = std::min(begin + kTogether, count);
       for (int64_t k = 0; k < many; ++k) {
-        if (by_taps) {
-          const float* filter = floats(weight) + (first + k) * C * taps;
-          for (int64_t i = 0; i < (end - begin) * taps; ++i) near[k][i] = filter[i % taps * C + begin + i / taps];
-          continue;
+        const float* filters = floats_ + (first + k) * C * taps;
+        for (int64_t j = begin; j < end; ++j) {
+          const float* filter = filters + open[j] * channel;
+          for (int64_t t = 0; t < taps; ++t) near[k][(j - begin) * taps + t] = filter[t * tap];
         }
-        std::memcpy(near[k], floats(weight) + ((first + k) * C + begin) * taps, (end - begin) * taps * sizeof(float));
       }
-      for (int64_t c = begin; c < end; ++c) {
-        if (!used[c]) continue;
+      for (int64_t j = begin; j < end; ++j) {
         for (int64_t t = 0; t < taps; ++t) {
-          float* row = turned + ((c - from) * taps + t) * K + first;
-          const float* column = near[0] + (c - begin) * taps + taps - 1 - t;
+          float* row = turned + ((open[j] - from) * taps + t) * K + first;
+          const float* column = near[0] + (j - begin) * taps + taps - 1 - t;
           for (int64_t k = 0; k < many; ++k) row[k] = column[k * kTogether * 9];
         }
       }
@@ -139,8 +144,18 @@ class FilterGradient {
 
   Tensor run() {
     if (dweight_.numel() == 0) return dweight_;
-    const int64_t parts = static_cast<int64_t>(cuts_.size()) - 1;
-    in_order(blocks() * parts, [&](int64_t item) {
+    const int64_t parts = static_cast<int64_t>(cuts_.size()) - 1, sums_items = blocks() * parts;
+    // Filters of closed output channels lie together, whole ones: pieces of them would be as many pages to find.
+    const int64_t filter = input_lanes_ ? lanes_ * taps_ : 0, some = ceil_div(kClosed, std::max<int64_t>(filter, 1));
+    const int64_t closed_items = input_lanes_ ? ceil_div(plan_.channels, some) : 0;
+    in_order(sums_items + closed_items, [&](int64_t item) {
+      if (item >= sums_items) {
+        const int64_t first = (item - sums_items) * some, last = std::min(first + some, plan_.channels);
+        for (int64_t k = first; k < last; ++k) {
+          if (!used_[k]) std::fill_n(out_ + k * filter, filter, 0.0f);
+        }
+        return;
+      }
       const int64_t from = cuts_[item % parts], to = cuts_[item % parts + 1];
       static thread_local Kept kept;
       float* sums = kept.reserve(kTogether * taps_ * kBlock);
@@ -158,6 +173,7 @@ class FilterGradient {
   static constexpr int64_t kTogether = 128;  // listed channels, at most, whose sums stay in the cache
   // Pixels whose products are added one after another: a longer chain would lose digits, and the image leave the cache.
   static constexpr int64_t kPixels = 512;
+  static constexpr int64_t kClosed = 1 << 14;  // floats of closed filters that an item looks at
 
   int64_t blocks() const { return ceil_div(lanes_, kBlock); }
 
@@ -273,23 +289,23 @@ class FilterGradient {
     const int64_t first = block * kBlock, lanes = std::min<int64_t>(kBlock, lanes_ - first);
     if (input_lanes_) {
       for (int64_t k = from; k < to; ++k) {
-        const float* sum = sums + (k - from) * taps_ * kBlock;
+        if (!used_[k]) continue;
         float* filter = out_ + (k * lanes_ + first) * taps_;
-        if (!used_[k]) {
-          std::fill_n(filter, lanes * taps_, 0.0f);
-          continue;
-        }
-        (taps_ == 9 ? from_lanes<9> : from_lanes<1>)(sum, lanes, taps_, filter);
+        (taps_ == 9 ? from_lanes<9> : from_lanes<1>)(sums + (k - from) * taps_ * kBlock, lanes, filter);
       }
       return;
     }
-    float* filters = out_ + first * plan_.channels * taps_;
-    for (int64_t c = from; c < to; ++c) {
-      const float* sum = sums + (c - from) * taps_ * kBlock;
-      if (used_[c]) {
-        (taps_ == 9 ? from_lanes<9> : from_lanes<1>)(sum, lanes, plan_.channels * taps_, filters + c * taps_);
-      } else {
-        for (int64_t l = 0; l < lanes; ++l) std::fill_n(filters + (l * plan_.channels + c) * taps_, taps_, 0.0f);
+    // Filter by filter, some channels at a time: they are neighbours there, and their sums stay in the cache.
+    constexpr int64_t kNear = 16;
+    for (int64_t begin = from; begin < to; begin += kNear) {
+      const int64_t end = std::min(begin + kNear, to);
+      for (int64_t l = 0; l < lanes; ++l) {
+        float* filter = out_ + ((first + l) * plan_.channels + begin) * taps_;
+        std::fill_n(filter, (end - begin) * taps_, 0.0f);
+        for (int64_t c = begin; c < end; ++c) {
+          if (used_[c]) (taps_ == 9 ? from_lanes<9> : from_lanes<1>)(sums + (c - from) * taps_ * kBlock + l, 1,
+                                                                    filter + (c - begin) * taps_);
+        }
       }
     }
   }

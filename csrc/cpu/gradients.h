@@ -63,6 +63,9 @@ struct TurnedFilters {
   void block(int64_t block, int64_t from, int64_t to, float* turned) const;
   // The plan lists the C input channels: those of [from, to), as rows (C, S, S, K); `turned` is the first one of them.
   void rows(int64_t from, int64_t to, float* turned) const;
+
+ private:
+  const float* floats_;
 };
 
 // Weights that one item of work cannot share with others by way of a cache: it turns its own.

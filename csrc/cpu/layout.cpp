@@ -58,7 +58,7 @@ Tensor in_layout(const Tensor& images, MemoryFormat format) {
   const bool to_channels_last = format == MemoryFormat::ChannelsLast;
   if (to_channels_last ? is_channels_last(images) : images.is_contiguous()) return images;
   const bool other = to_channels_last ? images.is_contiguous() : is_channels_last(images);
-  if (!other || images.scalar_type() != ScalarType::Float) return torch::stable::contiguous(images, format);
+  if (!other || images.scalar_type() != ScalarType::Float) return library_contiguous(images, format);
   const int64_t N = images.size(0), C = images.size(1), H = images.size(2), W = images.size(3);
   Tensor moved = empty({N, C, H, W}, ScalarType::Float, format);
   const int64_t rows = to_channels_last ? C : H * W, columns = to_channels_last ? H * W : C;

@@ -19,10 +19,10 @@ Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, MemoryFormat
   } else {
     for (int64_t d = dims - 1; d >= 0; --d) strides[d] = step, step *= std::max<int64_t>(sizes[d], 1);
   }
-  const int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
-                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                       : dtype == ScalarType::Bool     ? aoti_torch_dtype_bool()
-                                                       : aoti_torch_dtype_int32();
+  const int32_t type = dtype == ScalarType::Float      ? kDtypeCodes.float32
+                       : dtype == ScalarType::BFloat16 ? kDtypeCodes.bfloat16
+                       : dtype == ScalarType::Bool     ? kDtypeCodes.boolean
+                                                       : kDtypeCodes.int32;
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides.data(), type, aoti_torch_device_type_cpu(), 0, &made));
@@ -103,6 +103,16 @@ Geometry geometry(const Tensor& x, int64_t taps, int64_t stride) {
   return g;
 }
 
+namespace {
+
+// Pieces of so many floats that a thread copies at least, where waking another one would take longer than that.
+int64_t grain_of(int64_t piece) {
+  constexpr int64_t kFloats = 1 << 14;  // a few microseconds
+  return ceil_div(kFloats, std::max<int64_t>(piece, 1));
+}
+
+}  // namespace
+
 Tensor weight_rows(const Tensor& weight, const Plan& plan) {
   const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), T = weight.size(3);
   if (is_channels_last(weight)) return weight;
@@ -111,7 +121,7 @@ Tensor weight_rows(const Tensor& weight, const Plan& plan) {
   const float* from = floats(weight);
   float* to = packed.mutable_data_ptr<float>();
   const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
-  torch::stable::parallel_for(0, K, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, K, grain_of(C * S * T), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       if (!used[k]) continue;
       for (int64_t t = 0; t < S * T; ++t) {
@@ -163,11 +173,12 @@ Tensor weight_blocks(const Tensor& weight, const Plan* plan, int64_t most) {
   const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
   const bool in_rows = sc == 1 || (sc == taps && sr == T && ss == 1);
   // Filter by filter, some channels at a time: reads run along the filter, writes stay in the first-level cache.
-  torch::stable::parallel_for(0, blocks * strips, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, blocks * strips, grain_of(kBlock * kTogether * taps), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / strips, first = i % strips * kTogether, last = std::min(first + kTogether, C);
-      const bool all = std::all_of(used.begin() + first, used.begin() + last, std::identity());
-      const bool whole = all && (block + 1) * kBlock <= K;
+      const int64_t open = std::count_if(used.begin() + first, used.begin() + last, std::identity());
+      if (open == 0) continue;
+      const bool whole = open == last - first && (block + 1) * kBlock <= K;
       if (in_rows && whole) {
         transpose_filters(weight, block * kBlock, first, last, to + (block * C + first) * taps * kBlock);
         continue;

@@ -1,23 +1,15 @@
 // What the operations of the CPU library share: tensors in and out, threads, plans as plain lists.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <vector>
 
 #include "cpu/kernels_bf16.h"
 #include "cpu/schedule.h"
+#include "tensor.h"
 
 namespace gatedkernels {
-
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
 
 // By way of the C interface: an operator found by its name would take longer than many a small layer.
 Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype = ScalarType::Float,
@@ -30,10 +22,10 @@ inline const Bf16* bf16s(const Tensor& t) { return static_cast<const Bf16*>(t.co
 inline const Bf16* bf16s(const MaybeTensor& t) { return t ? bf16s(*t) : nullptr; }
 
 inline Tensor converted(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  return t.scalar_type() == dtype ? t : library_to(t, dtype);
 }
 
-inline Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : library_contiguous(t); }
 inline MaybeTensor row_major(const MaybeTensor& t) { return t ? MaybeTensor(row_major(*t)) : t; }
 
 // Whether images, or filters, lie in memory as (N, H, W, C), whatever the strides of sizes of one.

@@ -14,8 +14,8 @@ from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require
 from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._select import select_
 from gatedkernels.ops.gated_block import device as _device  # noqa: F401  (registers its operators)
-from gatedkernels.ops.gated_block import training as _training  # noqa: F401  (likewise)
 from gatedkernels.ops.gated_block.reference import gated_block_reference
+from gatedkernels.ops.gated_block.training import gated_block_training
 
 _run_cpu = torch.ops.gatedkernels.gated_block_cpu.default
 _KNOWN = KnownCalls(_run_cpu)
@@ -214,10 +214,7 @@ def gated_block(
     if served == "cpu" and recorded:
         if backend == "auto":
             threshold = policy.choose("gated_block_training", x, weight1, strides, (1, 1), (1, 1), 1).threshold
-        y, _ = torch.ops.gatedkernels.gated_block_kept.default(
-            x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold
-        )
-        return y
+        return gated_block_training(x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold)
     if served == "cpu":
         y = _launch_cpu(x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold)
         if group == 1:

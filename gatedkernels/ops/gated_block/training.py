@@ -1,6 +1,7 @@
 """The gated block where gradients are wanted, on the CPU: it keeps the hidden activation, and has a sparse backward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.nn.functional import conv2d
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._autograd import differentiate_once
-from gatedkernels.ops._backends import refuse, too_dense
+from gatedkernels.ops._backends import ALWAYS, refuse, too_dense
 from gatedkernels.ops._select import select_
 
 # Floats that follow each plane of the hidden activation, at least, and of which a plane is a multiple: see
@@ -40,11 +41,12 @@ def _forward(
     mask: Tensor,
     residual: Tensor | None,
     stride: Sequence[int],
-    threshold: float,
+    dense: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The block, and its hidden activation as the backward of the same kernels wants it."""
     refuse("cpu", policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1))
     form = arguments.memory_format(x)
-    if not too_dense(threshold, mask):
+    if not dense:
         y, hidden = torch.ops.gatedkernels.gated_block_kept_cpu(
             x, weight1, bias1, weight2, bias2, mask, residual, stride[0]
         )
@@ -87,7 +89,7 @@ def _backward_dense(
     return dx, dweight1, dbias1, dweight2, dbias2
 
 
-def _backward_launch(
+def _gradients(
     dy: Tensor,
     y: Tensor,
     x: Tensor,
@@ -97,11 +99,11 @@ def _backward_launch(
     mask: Tensor,
     stride: Sequence[int],
     output_mask: Sequence[bool],
-    threshold: float,
+    dense: bool,
 ) -> tuple[Tensor, ...]:
     input, filters1, filters2 = output_mask
     gradients: tuple[Tensor | None, ...]
-    if too_dense(threshold, mask):
+    if dense:
         last = torch.ops.aten.threshold_backward(dy, y, 0)
         gradients = *_backward_dense(last, x, hidden, weight1, weight2, stride, (input, filters1, filters2)), last
     else:
@@ -124,8 +126,18 @@ def _backward_launch(
     )
 
 
-torch.library.impl("gatedkernels::gated_block_kept", "CPU", _forward)
-torch.library.impl("gatedkernels::gated_block_backward", "CPU", _backward_launch)
+def _comparing(run: Callable[..., tuple[Tensor, ...]], mask_at: int) -> Callable[..., tuple[Tensor, ...]]:
+    """One of the above with a threshold instead of the decision."""
+
+    def compared(*given: Any) -> tuple[Tensor, ...]:
+        *rest, threshold = given
+        return run(*rest, too_dense(threshold, given[mask_at]))
+
+    return compared
+
+
+torch.library.impl("gatedkernels::gated_block_kept", "CPU", _comparing(_forward, mask_at=5))
+torch.library.impl("gatedkernels::gated_block_backward", "CPU", _comparing(_gradients, mask_at=6))
 
 
 @torch.library.register_fake("gatedkernels::gated_block_kept")
@@ -155,20 +167,61 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, weight1, weight2, mask, y, hidden)
 
 
-def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, dy, run):  # type: ignore[no-untyped-def]
     if dy is None:
         return (None,) * 9
     x, weight1, weight2, mask, y, hidden = ctx.saved_tensors
-    stride, threshold = ctx.options
+    stride, serving = ctx.options
     needs = ctx.needs_input_grad
     wanted = (needs[0], needs[1] or needs[2], needs[3] or needs[4])
-    gradients = torch.ops.gatedkernels.gated_block_backward.default(
-        dy, y, x, hidden, weight1, weight2, mask, stride, wanted, threshold
-    )
+    gradients = run(dy, y, x, hidden, weight1, weight2, mask, stride, wanted, serving)
     dx, dweight1, dbias1, dweight2, dbias2, dresidual = gradients
     all_gradients = (dx, dweight1, dbias1, dweight2, dbias2, None, dresidual)
     return *(g if need else None for g, need in zip(all_gradients, needs[:7], strict=True)), None, None
 
 
+def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
+    return _differentiate(ctx, dy, torch.ops.gatedkernels.gated_block_backward.default)
+
+
 torch.library.register_autograd("gatedkernels::gated_block_kept", _backward, setup_context=_save)
 differentiate_once("gated_block_backward")
+
+
+class _Called(torch.autograd.Function):
+    """The same without the way through the dispatcher, whose Python takes longer than a small block's backward."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return _differentiate(ctx, dy, _gradients)
+        # The gradients may be differentiated, which their operator refuses.
+        operator = torch.ops.gatedkernels.gated_block_backward.default
+        return _differentiate(ctx, dy, lambda *given: operator(*given[:-1], 0.0 if given[-1] else ALWAYS))
+
+
+def gated_block_training(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    mask: Tensor,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    threshold: float,
+) -> Tensor:
+    """The block, recorded for autograd; arguments are checked and those of ``gated_block_kept``."""
+    tensors = x, weight1, bias1, weight2, bias2, mask, residual
+    if torch.compiler.is_compiling() or not _are_plain(tensors):
+        return torch.ops.gatedkernels.gated_block_kept.default(*tensors, stride, threshold)[0]
+    return _Called.apply(*tensors, stride, too_dense(threshold, mask))[0]  # type: ignore[no-untyped-call]
+
+
+def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nobody is to see an operator: no fake or other subclass of tensors, no transform of ``torch.func``."""
+    plain = (Tensor, torch.nn.Parameter, type(None))
+    return all(type(t) in plain for t in tensors) and not torch._C._are_functorch_transforms_active()
