@@ -37,7 +37,14 @@ from triton.compiler import ASTSource  # noqa: E402
 from gatedkernels.ops.channel_gate import configurations as gates  # noqa: E402
 from gatedkernels.ops.channel_gate import kernels as gate_kernels  # noqa: E402
 from gatedkernels.ops.plan import kernels as plan_kernels  # noqa: E402
-from gatedkernels.ops.ragged import gradient_kernels, group_kernels, kernels, schedule_kernels, switch_kernels  # noqa: E402
+from gatedkernels.ops.ragged import (  # noqa: E402
+    gradient_kernels,
+    group_kernels,
+    kernels,
+    schedule_kernels,
+    similar_kernels,
+    switch_kernels,
+)
 from gatedkernels.ops.ragged.configurations import (  # noqa: E402
     GRADIENT_TILES,
     GROUPED_ROWS,
@@ -107,7 +114,8 @@ def conv(
 
     Args:
         kind: "out" writes listed channels packed, "in" reads such, "dense" has no lists; "dx" is the input's gradient;
-            "packed" is "in" with the weights of `optimize`, and with groups that are not neighbours.
+            "packed" is "in" with the weights of `optimize`, and with groups that are not neighbours; "sliced" has a
+            width for every sample on either side, and "sliced dx" is its input's gradient.
         numbers: "bf16", "fp16" or "fp32".
         tile: The configuration.
         side: Of the window.
@@ -116,11 +124,12 @@ def conv(
             adds the parts up; "summed" leaves sums of pixels, of neighbours.
         daily: Whether it is compiled without ``--all``.
     """
-    gradient, out, listed_inputs = kind == "dx", kind == "out", kind in ("in", "packed", "dx")
-    grouped = kind == "packed"
+    gradient, out, listed_inputs = kind.endswith("dx"), kind == "out", kind in ("in", "packed", "dx")
+    grouped, sliced = kind == "packed", kind.startswith("sliced")
     tensors = {"x", "weight", "y"} | ({"bias"} if not gradient else set())
     tensors |= {"residual"} if listed_inputs and not gradient else set()
     lists = {"out_index", "out_count"} if out else {"in_index", "in_count"} if listed_inputs else set()
+    lists |= {"in_count", "out_count"} if sliced else set()
     lists |= {"order", "lists"} if grouped and how != "summed" else set()
     lists |= {"tiles"} if how == "scheduled" else set()
     optional = {"bias", "residual", "gate", "sums", "in_index", "in_count", "out_index", "out_count", "order", "lists"}
@@ -137,7 +146,7 @@ def conv(
         "SPREAD_H": spread,
         "SPREAD_W": spread,
         "MIRRORED": gradient,
-        "RELU": not gradient,
+        "RELU": not gradient and not sliced,
         "PACKED_IN": listed_inputs,
         "PACKED_OUT": out,
         "PRECISION": PRECISIONS[numbers],
@@ -215,6 +224,32 @@ def schedule(listed: str) -> Case:
     return Case(f"schedule {listed}", kernel, dict.fromkeys(used, "*i32"), constants, 4, 3)
 
 
+# Samples, channels and samples a group of the plans for similar masks that are compiled; and which of them daily.
+SIMILAR = {
+    "narrow": (16, 64, 2, False),
+    "64 x 128": (64, 128, 4, True),
+    "256 x 512": (256, 512, 8, False),
+    "widest": (1024, 2048, 8, False),
+}
+
+
+def similar_cases() -> Iterator[Case]:
+    """The order of similar masks and the unions of groups, with the list of their tiles and without."""
+    for size, (samples, channels, shared, daily) in SIMILAR.items():
+        constants = similar_kernels.sizes(samples, channels, shared)
+        assert constants is not None
+        pointers = {"mask": "*i1", "words": "*i32", "keys": "*i64", "order": "*i32", "count": "*i32"}
+        kernel = similar_kernels.order_kernel
+        constants["stride_c"] = 1
+        warps = similar_kernels.warps(samples, channels)
+        yield Case(f"order of similar masks, {size}", kernel, pointers, constants, warps, 1, daily=daily)
+    pointers = dict.fromkeys(("words", "order", "count", "index"), "*i32")
+    sizes = {"WORDS": 16, "CHUNK": 512, "TILE_ROWS": 128, "TILE_CHANNELS": 64, "TILE_CHUNK": similar_kernels.TILE_CHUNK}
+    kernel = similar_kernels.union_kernel
+    yield Case("unions with tiles", kernel, {**pointers, "tiles": "*i32"}, sizes, 4, 3)
+    yield Case("unions", kernel, pointers, {**sizes, "tiles": None}, 4, 3, daily=False)
+
+
 def cases(chip: str = "hopper") -> Iterator[Case]:
     """Everything that is shipped for a chip: one of ``configurations.TILES``."""
     yield from gate_cases()
@@ -223,6 +258,7 @@ def cases(chip: str = "hopper") -> Iterator[Case]:
         "plan", plan_kernels.plan_kernel, {"mask": "*i1", **lists}, {"order": None, "CHUNK": plan_kernels.CHUNK}, 4, 3
     )
     yield from (schedule(listed) for listed in ("out", "in"))
+    yield from similar_cases()
     for numbers, size in SIZES.items():
         pack = {"x": f"*{numbers}", "packed": f"*{numbers}", **lists}
         yield Case(f"pack {numbers}", kernels.pack_kernel, pack, {"PIXELS": 64, "CHANNELS": 32}, 4, 3, 0, size == 2)
@@ -249,6 +285,9 @@ def convolutions(numbers: str, listed: list[Tile], whole: list[Tile], every_tile
     yield conv("dx", numbers, whole[-1], stride=2, daily=brain)
     yield from (conv(kind, numbers, whole[-1], daily=brain) for kind in ("dense", "packed", "dx"))
     yield conv("packed", numbers, whole[-1], how="summed", daily=brain)
+    for side, stride in ((3, 1), (3, 2), (1, 1)):
+        daily = brain and (side, stride) == (3, 1)
+        yield from (conv(kind, numbers, listed[-1], side, stride, daily=daily) for kind in ("sliced", "sliced dx"))
 
 
 def compile_case(case: Case, arch: int) -> Outcome:

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SCHEDULED, SMALL_BATCHES, TUNED, GpuBlock
+from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SCHEDULED, SMALL_BATCHES, TUNED
 from bench.gpu_plot import plots
+from bench.gpu_slimmable import SLICED, SLIMMABLE, sliced_ways, slimmable_ways
 from bench.gpu_time import measure
 from bench.gpu_trials import (
     TunedBlock,
@@ -36,7 +37,10 @@ from gatedkernels.reporting.machine import versions
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = tuple(
     f"tests/ops/test_{name}.py"
-    for name in ("triton_kernels", "triton_schedules", "gate_kernels", "switch_kernels", "triton_cuda")
+    for name in (
+        *("triton_kernels", "triton_operators", "triton_schedules", "triton_cuda"),
+        *("gate_kernels", "switch_kernels", "sliced_kernels", "similar_kernels"),
+    )
 )
 
 _AGREEMENT = 0.02  # between two results in bfloat16
@@ -157,7 +161,7 @@ def _forget_tiles() -> None:
 
 
 def _blocks(
-    part: str, cases: Sequence[GpuBlock], ways: Callable[..., Iterator[Way]], **options: bool
+    part: str, cases: Sequence[Any], ways: Callable[..., Iterator[Way]], **options: bool
 ) -> Callable[[Path, bool], Iterator[list[Row]]]:
     def run(out: Path, small: bool) -> Iterator[list[Row]]:
         for case in islice(cases, 1 if small else None):
@@ -177,6 +181,8 @@ PARTS: dict[str, Callable[[Path, bool], Iterator[list[Row]]]] = {
     "schedules": _blocks("schedules", SCHEDULED, schedule_ways),
     "backward": _blocks("backward", _EVERY_SHAPE, backward_ways),
     "networks": _blocks("networks", NETWORKS, network_ways),
+    "sliced": _blocks("sliced", SLICED, sliced_ways),
+    "slimmable": _blocks("slimmable", SLIMMABLE, slimmable_ways),
     # Minutes of compilation.
     "tuning": run_tuning,
     "compiled": _blocks("compiled", _EVERY_SHAPE, block_ways, compiled=True),

@@ -126,8 +126,8 @@ class TunedBlock(torch.nn.Module):
 def conv_ways(case: GpuConv, device: str) -> Iterator[Way]:
     """The forward pass and either gradient of a dense convolution, each by itself, as PyTorch has them."""
     dtype, c = getattr(torch, case.dtype), case.channels
-    images = [_randn(case.batch, c, case.size, case.size, device=device, dtype=dtype) for _ in range(4)]
-    weight = _randn(c, c, 3, 3, device=device, dtype=dtype)
+    images = [randn(case.batch, c, case.size, case.size, device=device, dtype=dtype) for _ in range(4)]
+    weight = randn(c, c, 3, 3, device=device, dtype=dtype)
     ones = [1, 1]
 
     def gradient(x: Tensor, input: bool) -> object:
@@ -159,7 +159,7 @@ def network_ways(case: GpuNetwork, device: str, compiled: bool = False) -> Itera
     """A folded ResNet with given masks against the dense one."""
     dtype = getattr(torch, case.dtype)
     network = Network(case, device, dtype)
-    images = [_randn(case.batch, 3, case.size, case.size, device=device, dtype=dtype) for _ in range(2)]
+    images = [randn(case.batch, 3, case.size, case.size, device=device, dtype=dtype) for _ in range(2)]
     yield Way("cudnn", True, [lambda x=x: network(x) for x in images])
     if compiled:
         fast = torch.compile(network, mode="max-autotune-no-cudagraphs")
@@ -247,7 +247,7 @@ def ceilings(device: str, small: bool = False) -> Iterator[tuple[str, float, str
     for name, size in (("copy, memory", megabytes << 20), ("copy, second-level cache", min(megabytes, 12) << 20)):
         source, target = (torch.empty(size // 2, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
         yield name, 2e-12 * size, "TB/s", lambda s=source, t=target: t.copy_(s)
-    a, b = (_randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     yield "bf16 product", 2e-12 * side**3, "TFLOP/s", lambda: a @ b
 
 
@@ -256,11 +256,11 @@ def _block_inputs(case: GpuBlock, device: str) -> tuple[list[Tensor], list[Tenso
     shape = (case.batch, c, case.size, case.size)
     sets = sets_for(2 * case.batch * c * case.size**2) if device == "cuda" else 2
     generator = torch.Generator().manual_seed(0)
-    x = [_randn(*shape, device=device, dtype=dtype) for _ in range(sets)]
+    x = [randn(*shape, device=device, dtype=dtype) for _ in range(sets)]
     masks = [draw_masks(case.masks, case.batch, c, case.kept, generator, device) for _ in range(sets)]
     scale = (9 * c) ** -0.5
-    weights = [scale * _randn(c, c, 3, 3, device=device, dtype=dtype) for _ in range(2)]
-    biases = [_randn(c, device=device, dtype=dtype) for _ in range(2)]
+    weights = [scale * randn(c, c, 3, 3, device=device, dtype=dtype) for _ in range(2)]
+    biases = [randn(c, device=device, dtype=dtype) for _ in range(2)]
     return x, masks, Folded.of(weights[0], biases[0], weights[1], biases[1])
 
 
@@ -270,6 +270,7 @@ def _folded(conv: torch.nn.Conv2d, norm: torch.nn.Module, device: str, dtype: to
     return weight, bias.detach().to(device, dtype)
 
 
-def _randn(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
+def randn(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
+    """Random numbers; images channels-last."""
     x = torch.randn(shape, device=device).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

@@ -67,7 +67,7 @@ def calibrate(
         channels: Input and output channels of the layers, positive; None: 64 to 512.
         pixels: Output pixels of a whole batch, positive; None: 16 to 16384 on a CPU, 1024 to 262144 on a GPU.
         threads: Threads to measure with, and to measure for, on a CPU; None: PyTorch's setting.
-        seconds: How long to measure each class, about; there are some two hundred on a CPU, a thousand on a GPU.
+        seconds: How long to measure each class, about; there are some two hundred on a CPU, two thousand on a GPU.
         device: A CPU or a CUDA device: whose kernels.
         progress: Called with a line for each class.
 

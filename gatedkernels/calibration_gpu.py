@@ -10,7 +10,13 @@ from gatedkernels import policy, thresholds
 from gatedkernels.calibration import crossing
 from gatedkernels.reporting.timing import Timing
 
-KERNELS = (("gated_block", 3), ("conv_out", 3), ("conv_in", 3), ("conv_out", 1), ("conv_in", 1))
+TRAINING = "_training"  # a kernel with its backward
+KERNELS = (
+    *(("gated_block", 3), ("conv_out", 3), ("conv_in", 3), ("conv_out", 1), ("conv_in", 1)),
+    *(("linear_out", 1), ("linear_in", 1)),  # a sample has as many tokens as an image has pixels
+    *((f"{name}{TRAINING}", 3) for name in ("gated_block", "conv_out", "conv_in")),
+    *((f"linear_{name}{TRAINING}", 1) for name in ("out", "in")),
+)
 CHANNELS = (64, 128, 256, 512)
 PIXELS = (1024, 4096, 16384, 65536, 262144)
 IMAGES = (4, 8, 16, 32, 56)  # sides of the outputs of one sample
@@ -25,6 +31,9 @@ _MARGIN = 0.98  # a kernel serves where it is faster by more than what a median 
 _TOLERATED = 1.03  # what the dense side may cost of PyTorch's dense way, where the device chooses
 _MOST_MACS = 1 << 36  # classes of larger batches take the threshold of the next smaller one
 _REPEATED = 8  # calls in a captured graph
+# PyTorch's flags for how float32 numbers are multiplied.
+CONV_FLAG = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+LINEAR_FLAG = torch.backends.cuda.matmul
 
 
 class Case(NamedTuple):
@@ -45,7 +54,8 @@ class Case(NamedTuple):
     def classes(self) -> tuple[str, int, int]:
         """What the threshold is found under: kind, class of channels, class of pixels."""
         weight = torch.empty(self.channels, self.channels, self.side, self.side, dtype=self.dtype, device="meta")
-        rounded = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        flag = LINEAR_FLAG if self.kernel.startswith("linear") else CONV_FLAG
+        rounded = flag.fp32_precision == "tf32"
         kind = thresholds.gpu_kind(self.kernel, weight, rounded, self.image**2)
         return kind, thresholds.channel_class(weight), thresholds.pixel_class(self.pixels)
 
@@ -109,12 +119,29 @@ def calls(case: Case, device: torch.device) -> dict[str, Call]:
 
 
 def _run(case: Case, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, backend: str, threshold: float) -> Tensor:
+    """One call; with its backward, from a gradient of ones, where that is measured too."""
+    if not case.kernel.endswith(TRAINING):
+        return _forward(case, x, weight, bias, mask, backend, threshold)
+    with torch.inference_mode(False), torch.enable_grad():
+        x, weight, bias = (tensor.detach().requires_grad_() for tensor in (x, weight, bias))
+        y = _forward(case, x, weight, bias, mask, backend, threshold)
+        gradients = torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y))
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def _forward(
+    case: Case, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, backend: str, threshold: float
+) -> Tensor:
     operators, ones = torch.ops.gatedkernels, (1, 1)
-    if case.kernel == "gated_block":
+    kernel = case.kernel.removesuffix(TRAINING)
+    if kernel == "gated_block":
         block = x, weight, bias, weight, bias, mask, x, ones
         switched = threshold < 1
         return operators.switched_block(*block, threshold) if switched else operators.gated_block(*block, backend)
-    masks = (mask, None) if case.kernel == "conv_in" else (None, mask)
+    masks = (mask, None) if kernel.endswith("_in") else (None, mask)
+    if kernel.startswith("linear"):
+        tokens, rows = x.permute(0, 2, 3, 1).flatten(1, 2), weight.flatten(1)
+        return operators.gated_linear.default(tokens, rows, bias, *masks, False, backend, threshold)
     padding = (case.side // 2,) * 2
     return operators.gated_conv2d.default(x, weight, bias, *masks, ones, padding, ones, 1, False, backend, threshold)
 

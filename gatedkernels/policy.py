@@ -188,7 +188,7 @@ def triton_problem(x: Tensor) -> str | None:
 
 
 # Operations on a GPU that have a side for each density, chosen there by the device; others serve any density or none.
-SWITCHED = ("gated_block", "conv_out")
+SWITCHED = ("gated_block", "conv_out", "linear_out")
 
 
 def can_switch(outputs: int) -> bool:
@@ -208,26 +208,45 @@ def choose_gpu(
     """The backend for a call on a GPU: Triton's kernels where they were measured to be faster, dense everywhere else.
 
     A threshold of 1 says that they are faster at any density, and nobody looks at it; one below, that the device
-    compares: see `gatedkernels.ops.ragged.switch`. Nothing is shipped: without a measurement everything is dense.
+    compares: see `gatedkernels.ops.ragged.switch`. Nothing is shipped: without a measurement everything is dense. A
+    kernel with its backward ("…_training") has the first threshold or none.
     """
-    dense = Choice("dense", 1.0)
     if torch.compiler.is_compiling() or not all(isinstance(size, int) for size in x.shape):
-        return dense
+        return _DENSE
     known = (tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups) in _SERVED
     if not known or triton_problem(x) is not None or not x.is_contiguous(memory_format=torch.channels_last):
-        return dense
-    table = measured_on(x.device)
-    if not table:
-        return dense
+        return _DENSE
     pixels = output_pixels(x, stride)
     image = pixels // max(x.shape[0], 1)
     rounded = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    kind, channels = thresholds.gpu_kind(kernel, weight, rounded, image), thresholds.channel_class(weight)
-    threshold = thresholds.find(table, kind, channels, thresholds.pixel_class(pixels))
-    if threshold is None or threshold <= 0:
-        return dense
-    switches = kernel in SWITCHED and can_switch(weight.shape[0])
-    return Choice("triton", threshold) if threshold >= 1 or switches else dense
+    return _found_on(x.device, kernel, thresholds.gpu_kind(kernel, weight, rounded, image), weight, pixels)
+
+
+def choose_linear_gpu(
+    x: Tensor, weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None, recorded: bool
+) -> Choice:
+    """The same for a linear layer with one of these masks, one for each sample; ``recorded``: for its backward too."""
+    if torch.compiler.is_compiling() or not all(isinstance(size, int) for size in x.shape):
+        return _DENSE
+    mask = in_mask if out_mask is None else out_mask
+    of_samples = mask is not None and mask.ndim < x.ndim and (in_mask is None or out_mask is None)
+    if not of_samples or triton_problem(x) is not None or x.stride(-1) != 1:
+        return _DENSE
+    kernel = f"linear_{'in' if out_mask is None else 'out'}{'_training' if recorded else ''}"
+    rounded = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    kind = thresholds.gpu_kind(kernel, weight[:, :, None, None], rounded, math.prod(x.shape[1:-1]))
+    return _found_on(x.device, kernel, kind, weight, math.prod(x.shape[:-1]))
+
+
+_DENSE = Choice("dense", 1.0)
+
+
+def _found_on(device: torch.device, kernel: str, kind: str, weight: Tensor, pixels: int) -> Choice:
+    """What was measured on a GPU for a kind of calls."""
+    known = thresholds.find(measured_on(device), kind, thresholds.channel_class(weight), thresholds.pixel_class(pixels))
+    threshold = known or 0.0
+    serves = threshold >= 1 or (threshold > 0 and kernel in SWITCHED and can_switch(weight.shape[0]))
+    return Choice("triton", threshold) if serves else _DENSE
 
 
 # The same for linear layers: rows of (tokens of one mask up to which the row holds, part of the work). For one token

@@ -157,7 +157,7 @@ def test_calibrate_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(calibration_gpu, "measure", lambda *_: next(drawn))
     lines: list[str] = []
     table = gk.calibrate(device="cuda", channels=(64,), pixels=(256,), progress=lines.append)
-    assert len(lines) == len(calibration_gpu.cases((64,), (256,))) == 5 * 3 * 3  # images of 4, 8 and 16 pixels a side
+    assert len(lines) == len(calibration_gpu.cases((64,), (256,))) == 12 * 3 * 3  # images of 4, 8 and 16 pixels a side
     assert thresholds.load(thresholds.GPU_THREADS, "a GPU") == table
     assert thresholds.load(thresholds.GPU_THREADS) == {}
     assert "gated_block 3x3 bfloat16, images of 16 pixels" in table

@@ -110,8 +110,10 @@ def measured_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(policy.importlib.util, "find_spec", lambda name: object())
     policy.forget()
 
-    def keep(density: float, kernel: str = "gated_block", dtype: str = "bfloat16", image: int = 256) -> None:
-        table = {f"{kernel} 3x3 {dtype}, images of {image} pixels": {16: {1024: density}}}
+    def keep(
+        density: float, kernel: str = "gated_block", dtype: str = "bfloat16", image: int = 256, side: int = 3
+    ) -> None:
+        table = {f"{kernel} {side}x{side} {dtype}, images of {image} pixels": {16: {1024: density}}}
         thresholds.save(table, thresholds.GPU_THREADS, "a GPU")
         policy.forget()
 
@@ -154,6 +156,38 @@ def test_what_has_one_side_serves_any_density_or_none(measured_gpu):
         assert choose_on_gpu("conv_in") == expected
     measured_gpu(0.4)
     assert choose_on_gpu(channels=17) == DENSE  # of the same class, but no whole steps
+
+
+def choose_linear_on_gpu(sides: str, *tokens: int, channels: int = 16, **change: Any) -> policy.Choice:
+    with FakeTensorMode():
+        x = torch.empty(4, *tokens, channels, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(channels, channels, dtype=torch.bfloat16, device="cuda")
+        mask = torch.empty(4, *(tokens if change.get("by_token") else ()), channels, dtype=torch.bool, device="cuda")
+        masks = mask if "in" in sides else None, mask if "out" in sides else None
+        return policy.choose_linear_gpu(x, weight, *masks, change.get("recorded", False))
+
+
+def test_linear_layers_on_a_gpu(measured_gpu):
+    """Of one mask for a sample's tokens: those of outputs have two sides, those of inputs one."""
+    assert choose_linear_on_gpu("out", 256) == DENSE
+    measured_gpu(0.4, "linear_out", side=1)
+    assert choose_linear_on_gpu("out", 256) == policy.Choice("triton", 0.4)
+    assert choose_linear_on_gpu("out", 16, 16) == policy.Choice("triton", 0.4)
+    assert choose_linear_on_gpu("out", 256, channels=17) == DENSE
+    for tokens, change in (((256,), {"by_token": True}), ((256,), {"recorded": True}), ((16,), {}), ((), {})):
+        assert choose_linear_on_gpu("out", *tokens, **change) == DENSE
+    for density, expected in ((0.4, DENSE), (1.0, policy.Choice("triton", 1.0))):
+        measured_gpu(density, "linear_in", side=1)
+        assert choose_linear_on_gpu("in", 256) == expected
+    assert choose_linear_on_gpu("in, out", 256) == DENSE
+
+
+def test_what_is_measured_with_its_backward_serves_any_density_or_none(measured_gpu):
+    for density, expected in ((0.4, DENSE), (1.0, policy.Choice("triton", 1.0))):
+        measured_gpu(density, "gated_block_training")
+        assert choose_on_gpu("gated_block_training") == expected
+        measured_gpu(density, "linear_out_training", side=1)
+        assert choose_linear_on_gpu("out", 256, recorded=True) == expected
 
 
 def choose_linear(shape: tuple[int, ...], masks: str, by_token: bool = False, **change: Any) -> policy.Choice:

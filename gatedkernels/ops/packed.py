@@ -231,9 +231,9 @@ def block_on_gpu(
     """
     if policy.triton_problem(x) is not None:
         return _packed_block(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride)
-    from gatedkernels.ops.ragged import gated  # importing the package imports no Triton
+    from gatedkernels.ops.ragged import optimized  # importing the package imports no Triton
 
-    return gated.packed_block(x, weight1, bias1, weight2, bias2, mask, residual, (stride, stride))
+    return optimized.packed_block(x, weight1, bias1, weight2, bias2, mask, residual, (stride, stride))
 
 
 def gate_on_gpu(x: Tensor, *layers: Tensor) -> Tensor:
@@ -267,10 +267,10 @@ def residual_on_gpu(
     weights, shortcut = (weight1, bias1, weight2, bias2), (shortcut_weight, shortcut_bias)
     if not holds_gate(x, layers):
         return _packed_residual(x, *layers, *weights, tiles1, tiles2, *shortcut, mask, stride)
-    from gatedkernels.ops.ragged import gated
+    from gatedkernels.ops.ragged import optimized
 
     given = None if mask is None else spread(mask, len(bias1))
-    return gated.packed_residual(x, layers, *weights, given, *shortcut, stride)[:2]
+    return optimized.packed_residual(x, layers, *weights, given, *shortcut, stride)[:2]
 
 
 def holds_gate(x: Tensor, layers: Sequence[Tensor]) -> bool:

@@ -83,9 +83,9 @@ def coded_residual_on_gpu(
     weights, shortcut = (weight1, bias1, weight2, bias2), (shortcut_weight, shortcut_bias)
     if not holds_gate(x, layers):
         return _coded_residual(x, *layers, *weights, index, count, codes, *shortcut, stride)
-    from gatedkernels.ops.ragged import gated
+    from gatedkernels.ops.ragged import optimized
 
-    return gated.packed_coded_residual(x, layers, *weights, gated.List(index, count), codes, *shortcut, stride)
+    return optimized.packed_coded_residual(x, layers, *weights, optimized.List(index, count), codes, *shortcut, stride)
 
 
 torch.library.impl("gatedkernels::code_gate", "CPU", code_gate_reference)

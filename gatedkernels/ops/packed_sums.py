@@ -80,10 +80,10 @@ def summed_on_gpu(
     weights, shortcut = (weight1, bias1, weight2, bias2), (shortcut_weight, shortcut_bias)
     if not holds_gate(x, layers):
         return _summed(x, sums, *layers, *weights, *shortcut, mask, stride)
-    from gatedkernels.ops.ragged import gated  # importing the package imports no Triton
+    from gatedkernels.ops.ragged import optimized  # importing the package imports no Triton
 
     given = None if mask is None else spread(mask, len(bias1))
-    y, decided, left = gated.packed_residual(x, layers, *weights, given, *shortcut, stride, sums, summed=True)
+    y, decided, left = optimized.packed_residual(x, layers, *weights, given, *shortcut, stride, sums, summed=True)
     assert left is not None
     return y, decided, left
 

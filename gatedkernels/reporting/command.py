@@ -10,7 +10,7 @@ from rich.table import Table
 
 from gatedkernels import policy
 from gatedkernels.inference import optimize
-from gatedkernels.reporting.doctor import examine, render
+from gatedkernels.reporting.doctor import examine, render, tiles_in_effect
 from gatedkernels.reporting.latency import latency_rows
 from gatedkernels.reporting.plot import speedup_plot
 from gatedkernels.reporting.report import report as report_layers
@@ -61,7 +61,12 @@ def report(run: Path, *, device: str = "cpu", batch_sizes: Sequence[int] = (1, 1
     try:
         write_json(
             run / f"{stem}.json",
-            {"latency": rows, "layers": [table.to_dict() for table in layers], "thresholds": policy.in_effect()},
+            {
+                "latency": rows,
+                "layers": [table.to_dict() for table in layers],
+                "thresholds": policy.in_effect(),
+                "tiles": tiles_in_effect(),
+            },
         )
         write_atomically(run / f"{stem}.md", lambda path: path.write_text(f"{text}\n"))
         write_atomically(run / f"{stem}.png", lambda path: speedup_plot(rows, path))

@@ -1,5 +1,6 @@
 """What is installed, what was found, what is missing and why."""
 
+import importlib.util
 import math
 import os
 import warnings
@@ -27,6 +28,7 @@ def examine() -> dict[str, dict[str, str]]:
             kernel: _thresholds(rows) for kernel, rows in policy.CPU_THRESHOLDS.items()
         },
         "policy of backend auto: thresholds that were measured here, which come before those": _measured(),
+        "tiles of the Triton convolutions that were measured here, which come before the shipped ones": _tiles(),
     }
 
 
@@ -61,13 +63,55 @@ def _measured() -> dict[str, str]:
     elif not table:
         facts["state"] = f"none for this machine, {threads} threads and these versions: gatedkernels calibrate"
     if torch.cuda.is_available():
-        table |= policy.measured_on(torch.device("cuda", torch.cuda.current_device()))
+        table |= policy.measured_on(gpu())
     for kind, by_channels in sorted(table.items()):
         facts[kind] = "; ".join(
             f"{channels} channels: {', '.join(f'{row[pixels]:g} ({pixels})' for pixels in sorted(row))}"
             for channels, row in sorted(by_channels.items())
         )
     return facts
+
+
+def _tiles() -> dict[str, str]:
+    """Where tuning's file lies, what of it serves on this GPU, and for which others there is something."""
+    if importlib.util.find_spec("triton") is None:
+        return {"state": "none: the package triton is not installed"}
+    from gatedkernels.ops.ragged import measured  # imports Triton
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        machines = measured.TILES.load()
+    facts = {"file": str(measured.TILES.path())}
+    if caught:
+        facts["problem"] = str(caught[0].message)
+    elif not machines:
+        facts["state"] = "none: gatedkernels tune"
+    here = measured.machine(gpu()) if torch.cuda.is_available() else None
+    for name, entry in sorted(machines.items()):
+        if name == here:
+            facts |= {key: _tile(**numbers) for key, numbers in sorted(entry["tiles"].items())}
+        else:
+            facts[name] = f"{len(entry['tiles'])} shapes, which serve there alone"
+    return facts
+
+
+def tiles_in_effect() -> dict[str, dict[str, int]]:
+    """The measured tiles that serve on this GPU, for a record; none without one."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return {}
+    from gatedkernels.ops.ragged import measured
+
+    return measured.in_effect(gpu())
+
+
+def _tile(rows: int, channels: int, depth: int, warps: int, stages: int, splits: int, programs: int) -> str:
+    schedule = f", {splits} splits" if splits > 1 else f", {programs} programs" if programs else ""
+    return f"{rows}x{channels}x{depth}, {warps} warps, {stages} stages{schedule}"
+
+
+def gpu() -> torch.device:
+    """The CUDA device in use."""
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _library(name: str, error: str | None) -> str:

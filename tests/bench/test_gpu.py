@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_cases
+from bench import gpu, gpu_cases, gpu_slimmable
 from bench.gpu_time import measure
 from bench.gpu_trials import Network, Way
 from gatedkernels import tuning
@@ -15,8 +15,10 @@ CASE = gpu_cases.GpuBlock(16, 3, 2, 0.5, "independent", "float32")
 
 
 def test_cases_differ_and_cover_every_shape():
-    for cases in (gpu_cases.BLOCKS, gpu_cases.SMALL_BATCHES, gpu_cases.SCHEDULED, gpu_cases.TUNED, gpu_cases.NETWORKS):
+    of_masks = (gpu_cases.BLOCKS, gpu_cases.SMALL_BATCHES, gpu_cases.SCHEDULED, gpu_cases.TUNED, gpu_cases.NETWORKS)
+    for cases in (*of_masks, gpu_slimmable.SLICED, gpu_slimmable.SLIMMABLE):
         assert len({str(case) for case in cases}) == len(cases)
+    assert {(case.channels, case.size) for case in gpu_slimmable.SLICED} == set(gpu_cases.SHAPES)
     assert {(case.channels, case.size) for case in gpu_cases.BLOCKS} == set(gpu_cases.SHAPES)
     assert gpu_cases.BLOCKS[0].multiply_adds == 2 * 9 * 64 * 64 * 32 * 32 * 256
 
@@ -105,6 +107,25 @@ def test_both_depths_run_dense_and_masked():
         x = torch.randn(2, 3, 16, 16)
         masks = network.draw(case, torch.Generator().manual_seed(0), "cpu")
         torch.testing.assert_close(network(x, masks, "masked"), network(x))
+
+
+@pytest.mark.parametrize("width", [0.5, gpu_slimmable.MIXED])
+def test_widths_are_served_by_what_there_is(width: float | str):
+    """Here cuDNN's ways alone; the interpreter and a GPU have the others."""
+    case = gpu_slimmable.GpuSliced(64, 8, 4, width).small()
+    rows = {row.way: row for row in gpu.rows_of("sliced", case.facts(), gpu_slimmable.sliced_ways(case, "cpu"))}
+    assert all(row.ms if "cudnn" in way else row.note or row.ms for way, row in rows.items())
+    assert rows["triton, a width for every sample"]
+    if width == 0.5:
+        assert rows["cudnn, slices"].speedup
+
+
+def test_slimmable_networks_agree_with_the_narrow_ones():
+    case = gpu_slimmable.SLIMMABLE[0].small()
+    results = [way.calls[0]() for way in gpu_slimmable.slimmable_ways(case, "cpu")]
+    assert len(results) == 3
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["nonsense"], "PART must be one of"), ([], "needs a CUDA device")])

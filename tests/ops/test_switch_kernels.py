@@ -61,9 +61,9 @@ def test_one_side_has_nothing_to_do(opened: int, is_dense: bool):
     mask = (torch.arange(60, device=DEVICE) < opened).view(3, 20)
     lists = launch.plan(mask)
     found = switch.sides(lists, 20, 16, 0.2)
-    gated, dense = (lists.counts.tolist(), [16] * 3), ([20], [16])
-    idle = [0] * 3, [0]
-    expected = (idle[0], idle[0], *dense) if is_dense else (*gated, idle[1], idle[1])
+    gated, dense = (lists.counts.tolist(), [16] * 3), ([20], [16] * 3)
+    idle = [0] * 3
+    expected = (idle, idle, *dense) if is_dense else (*gated, [0], idle)
     assert [each.tolist() for each in found] == list(expected)
 
 
@@ -77,7 +77,7 @@ def test_channels_that_are_closed_are_not_read():
         assert y.isfinite().all()
 
 
-@pytest.mark.parametrize("kernel", policy.SWITCHED)
+@pytest.mark.parametrize("kernel", ["gated_block", "conv_out"])
 def test_the_operators_follow_the_policy(kernel: str, monkeypatch: pytest.MonkeyPatch):
     n, c = 2, 16
     x, weight, bias, mask = randn(n, c, 4, 4), randn(c, c, 3, 3), randn(c), draw(n, c, 0.5)
@@ -105,9 +105,60 @@ def test_the_operators_follow_the_policy(kernel: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("kernel", "side"), calibration_gpu.KERNELS)
 def test_the_calls_of_a_calibration_compute_the_same(kernel: str, side: int):
     case = calibration_gpu.Case(kernel, side, 16, 2, 4, torch.float32)
-    found = {name: call() for name, call in calibration_gpu.calls(case, torch.device(DEVICE)).items()}
+    found = calibration_gpu.calls(case, torch.device(DEVICE))
+    exact = found["dense"]()
     for name in ("gated 0.5", "switched 0.5"):
         if name in found:
-            torch.testing.assert_close(found[name], found["dense"], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found[name](), exact, rtol=1e-4, atol=1e-4)
     if "other side" in found:
-        torch.testing.assert_close(found["other side"], found["gated 1.0"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["other side"](), found["gated 1.0"](), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("density", "threshold"), [(0.0, 0.3), (0.3, -1.0), (0.3, 0.99), (1.0, 0.3)])
+def test_either_side_of_a_linear_layer_computes_the_same(density: float, threshold: float):
+    n, c, k = 3, 10, 32
+    weight, bias, mask = randn(k, c), randn(k), draw(n, k, density)
+    for shape in ((n, 5, c), (n, 2, 3, c)):
+        x = randn(*shape)
+        arguments = x, weight, bias, None, mask, False
+        y, exact = (
+            torch.ops.gatedkernels.gated_linear.default(*arguments, backend, limit)
+            for backend, limit in (("triton", threshold), ("reference", 2.0))
+        )
+        assert y.shape == exact.shape
+        torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "summed", "group", "threshold"),
+    [
+        *((False, False, 1, 1.0), (False, False, 1, 0.2), (False, False, 4, 0.8)),
+        *((True, False, 4, 0.2), (True, False, 1, 0.8)),
+        *((False, True, 1, 0.2), (False, True, 4, 0.8)),
+    ],
+)
+def test_optimised_blocks_follow_the_policy(
+    given: bool, summed: bool, group: int, threshold: float, monkeypatch: pytest.MonkeyPatch
+):
+    """What the gate decides, the result and its sums are the same on either side."""
+    from gatedkernels.ops import packed, packed_sums
+    from gatedkernels.ops.ragged import optimized, switch
+
+    n, c, hidden = 3, 16, 4
+    x = randn(n, c, 5, 6).to(memory_format=torch.channels_last)
+    gate = randn(hidden, c), randn(hidden), randn(c // group, hidden), randn(c // group)
+    weights = packed.pack_rows(randn(c, c, 3, 3)), randn(c), packed.pack_blocks(randn(c, c, 3, 3)), randn(c)
+    run: Callable = switch.run
+    served: list[bool] = []
+    monkeypatch.setattr(switch, "run", lambda *args: served.append(True) or run(*args))
+    monkeypatch.setattr(optimized.policy, "choose", lambda *_: policy.Choice("triton", threshold))
+    mask, nothing = draw(n, c // group, 0.5) if given else None, (None, None)
+    if summed:
+        arguments = x, None, *gate, *weights, *nothing, mask, 1
+        own, exact = packed_sums.summed_on_gpu(*arguments), packed_sums._summed(*arguments)
+    else:
+        arguments = x, *gate, *weights, *nothing, *nothing, mask, 1
+        own, exact = packed.residual_on_gpu(*arguments), packed.DEFINITIONS["packed_residual"](*arguments)
+    assert bool(served) == (0 < threshold < 1)
+    for found, expected in zip(own, exact, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -15,20 +15,29 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 INTERPRETED_FILES = [
     f"test_{name}.py"
-    for name in ("triton_kernels", "triton_schedules", "gate_kernels", "switch_kernels", "sliced_kernels")
+    for name in (
+        *("triton_kernels", "triton_operators", "triton_schedules"),
+        *("gate_kernels", "switch_kernels", "sliced_kernels", "similar_kernels"),
+    )
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="they run in this process")
-@pytest.mark.parametrize("file", INTERPRETED_FILES)
-def test_the_kernels_interpreted(file: str):
+@pytest.mark.parametrize(
+    ("file", "marker"),
+    [
+        *((file, "not slow") for file in INTERPRETED_FILES),
+        pytest.param("test_similar_kernels.py", "slow", marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernels_interpreted(file: str, marker: str):
     """Triton reads TRITON_INTERPRET when it is imported: a process of its own."""
     triton = pytest.importorskip("triton")
     if triton.__version__.startswith("3.6."):
         pytest.skip("the interpreter of Triton 3.6 does not run on NumPy 2.4")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / file],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, HERE / file],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,

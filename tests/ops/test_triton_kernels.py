@@ -347,16 +347,6 @@ def test_the_operator_of_similar_samples():
     assert recorded.grad.any()
 
 
-def test_the_order_brings_equal_masks_together():
-    from gatedkernels.ops.ragged.groups import similar_groups
-
-    table, codes = draw(4, 70, 0.4), torch.arange(32, device=DEVICE) % 4
-    groups = similar_groups(table[codes], 8)
-    assert sorted(groups.order.tolist()) == list(range(32))
-    assert all(len(set(codes[group.long()].tolist())) == 1 for group in groups.order.view(-1, 8))
-    assert similar_groups(table[:3], 2).order.tolist()[-1] == 3  # an empty place
-
-
 @pytest.mark.parametrize("shared", [1, 2, 3, 8])
 @pytest.mark.parametrize(("samples", "count"), [(1, 5), (9, 1), (20, 4), (6, 40)])
 def test_groups_of_equal_codes(samples: int, count: int, shared: int):

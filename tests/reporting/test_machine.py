@@ -56,3 +56,39 @@ def test_doctor_names_what_matters(capsys: pytest.CaptureFixture[str], monkeypat
     said = capsys.readouterr().out
     for word in ("torch", "numpy", "instruction set", "gpus", "cuda", "conv_in", "more", "threads"):
         assert word in said
+
+
+def test_the_doctor_shows_tuned_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    from gatedkernels.ops.ragged import measured
+    from gatedkernels.ops.ragged.configurations import Configuration, Tile
+
+    def facts() -> dict[str, str]:
+        return next(section for name, section in doctor.examine().items() if name.startswith("tiles"))
+
+    def save(name: str, found: dict[str, Configuration]) -> None:
+        monkeypatch.setattr(measured, "machine", lambda device: name)
+        measured.save(torch.device("cpu"), found)
+
+    monkeypatch.setenv("GATEDKERNELS_CACHE", str(tmp_path))
+    assert facts() == {"file": str(tmp_path / "tiles.json"), "state": "none: gatedkernels tune"}
+    assert doctor.tiles_in_effect() == {}
+    save("another GPU", {"a shape": Configuration(Tile(16, 32, 16, 4, 2))})
+    save(
+        "this GPU",
+        {"one": Configuration(Tile(64, 32, 16, 4, 3), splits=2), "two": Configuration(Tile(16, 32, 16, 4, 2))},
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(doctor.policy, "measured_on", lambda device: {})
+    measured.measured.cache_clear()
+    assert facts() == {
+        "file": str(tmp_path / "tiles.json"),
+        "another GPU": "1 shapes, which serve there alone",
+        "one": "64x32x16, 4 warps, 3 stages, 2 splits",
+        "two": "16x32x16, 4 warps, 2 stages",
+    }
+    assert doctor.tiles_in_effect().keys() == {"one", "two"}
+    (tmp_path / "tiles.json").write_text("{")
+    assert "it is ignored" in facts()["problem"]
+    measured.measured.cache_clear()

@@ -200,14 +200,16 @@ def gated_block(
     if mask is None:
         raise TypeError("mask must be a tensor, got None")
     mask = arguments.expand_mask("mask", mask, weight1.shape[0], group, x)  # type: ignore[assignment]
+    recorded = arguments.recorded(x, weight1, bias1, weight2, bias2, residual)
     if backend == "auto":
-        served, threshold = policy.choose("gated_block", x, weight1, strides, (1, 1), (1, 1), 1)
+        kernel = "gated_block_training" if recorded and x.device.type == "cuda" else "gated_block"
+        served, threshold = policy.choose(kernel, x, weight1, strides, (1, 1), (1, 1), 1)
     else:
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
-    recorded = arguments.recorded(x, weight1, bias1, weight2, bias2, residual)
-    stuck = threshold < 1 and not policy.can_switch(weight2.shape[0])
-    if served == "triton" and backend == "auto" and (recorded or stuck):  # measured without the backward
+    # The device compares nothing in the backward.
+    stuck = threshold < 1 and (recorded or not policy.can_switch(weight2.shape[0]))
+    if served == "triton" and backend == "auto" and stuck:
         served = "dense"
     if served == "cpu" and recorded:
         if backend == "auto":

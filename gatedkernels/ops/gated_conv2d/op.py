@@ -297,17 +297,21 @@ def gated_conv2d(
     geometry = arguments.geometry(x, weight, stride, padding, dilation)
     in_mask = arguments.expand_mask("in_mask", in_mask, x.shape[1], group, x)
     out_mask = arguments.expand_mask("out_mask", out_mask, weight.shape[0], group, x)
+    recorded = arguments.recorded(x, weight, bias)
     if backend == "auto" and in_mask is None and out_mask is None:
         served, threshold = "dense", ALWAYS
     elif backend == "auto":
         kernel = "conv_in" if out_mask is None else "conv_out"
+        if recorded and x.device.type == "cuda":
+            kernel += "_training"
         served, threshold = policy.choose(kernel, x, weight, *geometry, groups)
     else:
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
-    recorded = arguments.recorded(x, weight, bias)
     both = in_mask is not None and out_mask is not None
-    if served == "triton" and backend == "auto" and (recorded or both):  # measured for one mask, without the backward
+    # Measured for one mask, with exact gradients; and the device compares nothing in the backward.
+    unmeasured = both or (recorded and (threshold < 1 or dense_input_grad))
+    if served == "triton" and backend == "auto" and unmeasured:
         served, threshold = "dense", ALWAYS
     if served == "cpu" and not recorded:
         y = _launch_cpu(x, weight, bias, in_mask, out_mask, *geometry, groups, threshold)

@@ -72,6 +72,12 @@ def _forward(
     backend: str,
     threshold: float,
 ) -> Tensor:
+    if backend == "triton" and threshold < 1 and in_mask is None and out_mask is not None:  # the device compares it
+        from gatedkernels.ops.ragged import switch
+
+        rows, (outs,) = _by_mask(x, out_mask)
+        assert outs is not None
+        return switch.gated_linear(rows, weight, bias, outs, threshold).reshape(*x.shape[:-1], -1).contiguous()
     launcher = LAUNCHERS["dense" if too_dense(threshold, in_mask, out_mask) else backend]
     return launcher(x, weight, bias, in_mask, out_mask).contiguous()
 
@@ -257,6 +263,11 @@ def gated_linear(
     out_mask = arguments.expand_token_mask("out_mask", out_mask, weight.shape[0], group, x)
     if backend == "auto" and in_mask is None and out_mask is None:
         served, threshold = "dense", ALWAYS
+    elif backend == "auto" and x.device.type == "cuda":
+        recorded = arguments.recorded(x, weight, bias)
+        served, threshold = policy.choose_linear_gpu(x, weight, in_mask, out_mask, recorded)
+        if recorded and dense_input_grad:  # measured without
+            served, threshold = "dense", ALWAYS
     elif backend == "auto":
         served, threshold = policy.choose_linear(x, in_mask, out_mask)
     else:

@@ -8,14 +8,16 @@ from torch import Tensor
 
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._select import select
-from gatedkernels.ops.channel_gate.launch import channel_gate, code_gate
 from gatedkernels.ops.ragged.configurations import together
-from gatedkernels.ops.ragged.groups import equal_groups, similar_groups
+from gatedkernels.ops.ragged.groups import equal_groups
+from gatedkernels.ops.ragged.groups import similar as similar_plan
+from gatedkernels.ops.ragged.groups_reference import similar_groups_reference
 from gatedkernels.ops.ragged.launch import (
     ALL,
     AS_THEY_ARE,
     CONV_FLAG,
     LINEAR_FLAG,
+    Complete,
     Groups,
     List,
     channels_dense,
@@ -156,92 +158,16 @@ def gated_block(
     with ``similar`` samples of similar masks, wherever they are.
     """
     shared = max(1, min(shared, x.shape[0]))
-    groups = similar_groups(mask, shared) if similar and shared > 1 else AS_THEY_ARE
     gate = None if shared == 1 else mask.contiguous()
     block = Block(rows(weight1, False), bias1, rows(weight2, True), bias2, weight2.shape[0])
-    return block.run(x, plan(mask, shared, groups.order), residual, stride, shared, groups, gate)[0]
-
-
-def packed_block(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    mask: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-) -> Tensor:
-    """``gated_block`` from the weights of `optimize` as they lie: rows (M, 3, 3, C), blocks (⌈K / 32⌉, M, 3, 3, 32)."""
-    block = Block(weight1.permute(0, 3, 1, 2), bias1, weight2, bias2, len(bias2))
-    return block.run(x, plan(mask), residual, stride)[0]
-
-
-def packed_residual(
-    x: Tensor,
-    layers: Sequence[Tensor],
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    mask: Tensor | None,
-    shortcut_weight: Tensor | None,
-    shortcut_bias: Tensor | None,
-    stride: int,
-    sums: Tensor | None = None,
-    summed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``packed_block`` with its gate and shortcut, and what the gate decided.
-
-    Three launches, or four with a given mask, and one for a shortcut that convolves.
-
-    The gate looks at ``sums`` of the images' pixels, where the block before left them; ``summed``: leave such, too.
-    """
-    block = Block(weight1.permute(0, 3, 1, 2), bias1, weight2, bias2, len(bias2))
-    looked_at, area = (x, None) if sums is None else (sums, x.shape[2] * x.shape[3])
-    decided, lists = channel_gate(looked_at, layers, len(bias1) // len(layers[3]), mask is None, area)
-    residual = _residual(x, shortcut_weight, shortcut_bias, stride)
-    y, left = block.run(x, lists if mask is None else plan(mask), residual, (stride, stride), summed=summed)
-    return y, decided, left
-
-
-def packed_coded_residual(
-    x: Tensor,
-    layers: Sequence[Tensor],
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    lists: List,
-    codes: Tensor | None,
-    shortcut_weight: Tensor | None,
-    shortcut_bias: Tensor | None,
-    stride: int,
-) -> tuple[Tensor, Tensor]:
-    """``packed_residual`` of a codebook whose lists are there already, and the codes that the gate decided on.
-
-    Three launches, or four where images are small and samples of one code share what is fetched.
-    """
-    decided = code_gate(x, layers)
-    residual = _residual(x, shortcut_weight, shortcut_bias, stride)
-    block = Block(weight1.permute(0, 3, 1, 2), bias1, weight2, bias2, len(bias2))
-    codes = decided if codes is None else codes
-    shared = max(1, min(together(residual.shape[2] * residual.shape[3]), x.shape[0]))
-    assert lists.counts is not None
-    groups = Groups(None, codes) if shared == 1 else equal_groups(codes, len(lists.counts), shared)
-    return block.run(x, lists, residual, (stride, stride), shared, groups)[0], decided
-
-
-def _residual(x: Tensor, weight: Tensor | None, bias: Tensor | None, stride: int) -> Tensor:
-    """What a block adds to its result: x, or the dense convolution of a shortcut from (⌈K / 32⌉, C, S, S, 32)."""
-    if weight is None or bias is None:
-        return x
-    size = [(length - 1) // stride + 1 for length in x.shape[2:]]
-    y = x.new_empty((x.shape[0], *size, len(bias))).permute(0, 3, 1, 2)
-    padding = (weight.shape[2] // 2,) * 2
-    return convolve(
-        channels_dense(x), weight, bias, y, stride=(stride, stride), padding=padding, shared=max(1, x.shape[0])
-    )  # fmt: skip
+    if similar and shared > 1:
+        found = similar_plan(mask, shared)
+        if found is not None:
+            groups, complete = found.groups, found.complete
+            return block.run(x, found.lists, residual, stride, shared, groups, gate, complete=complete)[0]
+        groups = Groups(similar_groups_reference(mask, shared))
+        return block.run(x, plan(mask, shared, groups.order), residual, stride, shared, groups, gate)[0]
+    return block.run(x, plan(mask, shared), residual, stride, shared, gate=gate)[0]
 
 
 def coded_block(
@@ -287,13 +213,17 @@ class Block(NamedTuple):
         groups: Groups = AS_THEY_ARE,
         gate: Tensor | None = None,
         summed: bool = False,
+        complete: Complete | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Two launches: the listed hidden channels, packed, and the outputs from these; ``summed``: with their sums."""
+        """Two launches: the listed hidden channels, packed, and the outputs from these; ``summed``: with their sums.
+
+        ``complete`` completes the list, see `convolve`.
+        """
         size = arguments.output_size(x, self.weight1, stride, (1, 1), (1, 1))
         hidden = convolve(
             channels_dense(x), self.weight1, self.bias1, packed_like(x, self.weight1.shape[0], *size),
             outs=hidden_list, stride=stride, padding=(1, 1), relu=True, packed_out=True,
-            shared=shared, groups=groups, gate=gate,
+            shared=shared, groups=groups, gate=gate, complete=complete,
         )  # fmt: skip
         y = x.new_empty((x.shape[0], *size, self.channels)).permute(0, 3, 1, 2)
         if residual is not None and residual.stride() != y.stride():

@@ -3,36 +3,84 @@
 On the device, in shapes that do not depend on values, so that a captured graph follows its masks.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
-from gatedkernels.ops.ragged import group_kernels
+from gatedkernels.ops.ragged import group_kernels, similar_kernels
+from gatedkernels.ops.ragged.configurations import Configuration, Shape
 from gatedkernels.ops.ragged.groups_reference import equal_groups_reference
-from gatedkernels.ops.ragged.launch import Groups
-
-_BITS = 62  # of a signature, which an int64 has room for
+from gatedkernels.ops.ragged.launch import Groups, List, chunk_of, tile_numbers
 
 
-def similar_groups(mask: Tensor, shared: int) -> Groups:
-    """Groups of ``shared`` samples whose masks are alike, from one ordering of all.
+class Similar(NamedTuple):
+    """A plan for groups of similar samples, of which the second launch is still to come: `complete`.
 
-    Samples are ordered by signatures of one bit a channel, those channels first that tell most samples apart (density
-    nearest one half), read as a Gray code: neighbours in that order differ in few of the leading bits, and equal masks
-    lie side by side. What differs decides how much is computed, never what comes out.
+    Attributes:
+        groups: Which samples share a list.
+        lists: The unions of their masks: counted, and listed by ``complete``.
+        shared: Samples of a group.
+        samples: Of the batch.
+        words: Int32 (samples, words), the masks as bits.
+    """
+
+    groups: Groups
+    lists: List
+    shared: int
+    samples: int
+    words: Tensor
+
+    def complete(self, shape: Shape, chosen: Configuration) -> Tensor | None:
+        """List the unions, and the tiles of the convolution that computes them, if its configuration wants a list.
+
+        Args:
+            shape: Of that convolution: its outputs are the listed channels, packed.
+            chosen: Its configuration.
+        """
+        index, count = self.lists
+        assert index is not None and count is not None
+        tile, channels, groups = chosen.tile, index.shape[1], len(count)
+        tiles = tile_numbers(shape, tile, count.device) if chosen.programs else None
+        chunk = min(1024, max(16, triton.next_power_of_2(channels)))
+        with torch.cuda.device_of(count):
+            similar_kernels.union_kernel[(groups,)](
+                self.words, self.groups.order, count, index, tiles, self.samples, channels, self.shared, groups,
+                shape.pixels // self.shared, triton.cdiv(shape.pixels, tile.rows), triton.cdiv(channels, tile.channels),
+                WORDS=self.words.shape[1], CHUNK=chunk, TILE_ROWS=tile.rows, TILE_CHANNELS=tile.channels,
+                TILE_CHUNK=min(chunk_of(groups), similar_kernels.TILE_CHUNK), num_warps=4,
+            )  # fmt: skip
+        return tiles
+
+
+def similar(mask: Tensor, shared: int) -> Similar | None:
+    """Plan for groups of ``shared`` samples whose masks are alike, in the order of `similar_groups_reference`.
+
+    What differs decides how much is computed, never what comes out. None: the batch, or its masks, are larger than what
+    one program orders, or empty.
 
     Args:
         mask: Bool (N, C).
         shared: Samples of a group; the last one may have fewer.
     """
     samples, channels = mask.shape
-    spread = (2 * mask.sum(0) - samples).abs()
-    telling = spread.argsort(stable=True)[: min(_BITS, channels)]
-    # A number read as a Gray code is the running parity of its bits.
-    bits = mask[:, telling].long().cumsum(1) % 2
-    places = torch.arange(len(telling) - 1, -1, -1, device=mask.device)
-    order = (bits << places).sum(1).argsort(stable=True)
-    return Groups(torch.nn.functional.pad(order.int(), (0, -samples % shared), value=samples))
+    sizes = similar_kernels.sizes(samples, channels, shared)
+    if sizes is None:
+        return None
+    groups = triton.cdiv(samples, shared)
+
+    def integers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=mask.device)
+
+    words, keys = integers(samples, sizes["CHANNELS"] // 32), integers(samples, dtype=torch.int64)
+    order, index, count = integers(groups * shared), integers(groups, channels), integers(groups)
+    with torch.cuda.device_of(mask):
+        similar_kernels.order_kernel[(1,)](
+            mask, words, keys, order, count, samples, channels, shared, groups, *mask.stride(), **sizes,
+            num_warps=similar_kernels.warps(samples, channels), num_stages=1,
+        )  # fmt: skip
+    return Similar(Groups(order), List(index, count), shared, samples, words)
 
 
 def equal_groups(codes: Tensor, count: int, shared: int) -> Groups:

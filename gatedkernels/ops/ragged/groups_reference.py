@@ -2,6 +2,34 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from gatedkernels.ops.plan.reference import plan_reference
+
+BITS = 50  # channels of a signature
+
+
+def similar_groups_reference(mask: Tensor, shared: int) -> Tensor:
+    """The order of `gatedkernels.ops.ragged.groups.similar`, ``samples`` at the empty places of the last group.
+
+    Samples are ordered by signatures of one bit a channel, those channels first that tell most samples apart (density
+    nearest one half), read as a Gray code: neighbours in that order differ in few of the leading bits, and samples of
+    equal masks have equal signatures. Samples of one signature keep their order.
+    """
+    samples, channels = mask.shape
+    spread = (2 * mask.sum(0) - samples).abs()
+    telling = spread.argsort(stable=True)[: min(BITS, channels)]
+    # A number read as a Gray code is the running parity of its bits.
+    bits = mask[:, telling].long().cumsum(1) % 2
+    places = torch.arange(len(telling) - 1, -1, -1, device=mask.device)
+    order = (bits << places).sum(1).argsort(stable=True)
+    return pad(order.int(), (0, -samples % shared), value=samples)
+
+
+def union_reference(mask: Tensor, order: Tensor, shared: int) -> tuple[Tensor, Tensor]:
+    """The plan of what any sample of a group keeps: index (groups, C) and count (groups,)."""
+    with_nobody = torch.cat([mask, mask.new_zeros((1, mask.shape[1]))])  # whom empty places hold
+    return plan_reference(with_nobody[order.long()].view(-1, shared, mask.shape[1]).any(1))
 
 
 def equal_groups_reference(codes: Tensor, count: int, shared: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gatedkernels.ops.plan import kernels as plan_kernels
 from gatedkernels.ops.ragged import gradient_kernels, kernels, measured, schedule_kernels
-from gatedkernels.ops.ragged.configurations import GRADIENT_PROGRAMS, GRADIENT_TILES, Configuration, Shape
+from gatedkernels.ops.ragged.configurations import GRADIENT_PROGRAMS, GRADIENT_TILES, Configuration, Shape, Tile
 
 STEP, SLOT = kernels.STEP.value, kernels.SLOT.value
 
@@ -44,6 +44,8 @@ class Groups(NamedTuple):
 
 
 AS_THEY_ARE = Groups()
+# Completes a list of outputs for a convolution, and returns its list of tiles, if the configuration has one.
+Complete = Callable[[Shape, Configuration], Tensor | None]
 
 
 def plan(mask: Tensor, shared: int = 1, order: Tensor | None = None) -> List:
@@ -123,6 +125,7 @@ def convolve(
     shared: int = 1,
     groups: Groups = AS_THEY_ARE,
     flag: Any = CONV_FLAG,
+    complete: Complete | None = None,
     configuration: Configuration | None = None,
 ) -> Tensor:
     """Convolve listed channels of ``x`` into listed channels of ``y``, and return that.
@@ -142,13 +145,15 @@ def convolve(
         relu: Apply a ReLU.
         residual: Added before the ReLU, layout of ``y``.
         gate: Bool (N, K), contiguous: listed outputs that are zero all the same.
-        sums: Filled with sums of pixels of ``y``, from ``sums_like``: all channels are written, groups are samples.
+        sums: Filled with sums of pixels of ``y``, from ``sums_like``: groups are samples, and list all outputs or none.
         packed_in: The listed channels of ``x`` lie side by side, with zeros up to the next step. If not, and ``ins``
             has an index, they lie side by side and nothing behind them is read.
         packed_out: Write the listed channels side by side; else each at its place, and zeros elsewhere.
         shared: Samples of a group, which share a list.
         groups: Which these are; neighbours if it does not say.
         flag: Says how float32 numbers are multiplied.
+        complete: Called before the launch: completes ``outs``, and returns the list of tiles if the configuration has
+            one. None: ``outs`` is complete, and a launch of its own lists the tiles.
         configuration: Tile and schedule; None: what was measured for such a shape, else the shipped one.
     """
     samples, in_channels, height, width = x.shape
@@ -165,15 +170,18 @@ def convolve(
     )  # fmt: skip
     if shape.groups * shape.pixels * out_channels == 0:
         return y
-    assert sums is None or (shared == 1 and groups.order is None and not packed_out)
+    assert sums is None or (shared == 1 and groups.order is None)
     assert (x.stride(1) == 1 or in_channels == 1) and (y.stride(1) == 1 or out_channels == 1)
 
     def run(chosen: Configuration) -> None:
         tile, count = chosen.tile, shape.tiles(chosen.tile)
         tiles = partial = None
         grid: tuple[int, ...] = (count, chosen.splits)
-        if chosen.programs:
+        if complete is not None:
+            tiles = complete(shape, chosen)
+        elif chosen.programs:
             tiles = schedule(shape, chosen, samples, shared, ins, outs if packed_out else ALL, groups, x.device)
+        if chosen.programs:
             grid = (min(count, chosen.programs * multiprocessors(x.device)),)
         elif chosen.splits > 1:
             partial = x.new_empty((count, chosen.splits, tile.rows, tile.channels), dtype=torch.float32)
@@ -227,6 +235,16 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def tile_numbers(shape: Shape, tile: Tile, device: torch.device) -> Tensor:
+    """Memory for a list of tiles: how many there are, and as many numbers as there can be tiles."""
+    return torch.empty(1 + shape.tiles(tile), dtype=torch.int32, device=device)
+
+
+def chunk_of(groups: int) -> int:
+    """How many groups one step of a kernel looks at."""
+    return min(1024, max(16, triton.next_power_of_2(groups)))
+
+
 def schedule(
     shape: Shape,
     chosen: Configuration,
@@ -252,11 +270,10 @@ def schedule(
     tile = chosen.tile
     pixels = shape.pixels // shared
     row_tiles, channel_tiles = triton.cdiv(shape.pixels, tile.rows), triton.cdiv(shape.out_channels, tile.channels)
-    tiles = torch.empty(1 + shape.tiles(tile), dtype=torch.int32, device=device)
-    chunk = min(1024, max(16, triton.next_power_of_2(shape.groups)))
+    tiles = tile_numbers(shape, tile, device)
     schedule_kernels.schedule_kernel[(shape.groups,)](
         ins.counts, outs.counts, *groups, tiles, shape.groups, samples, shared, pixels, row_tiles, channel_tiles,
-        ROWS=tile.rows, CHANNELS=tile.channels, CHUNK=chunk, num_warps=4,
+        ROWS=tile.rows, CHANNELS=tile.channels, CHUNK=chunk_of(shape.groups), num_warps=4,
     )  # fmt: skip
     return tiles
 

@@ -41,6 +41,11 @@ def measured(name: str) -> dict[str, Configuration]:
     return {key: _parse(numbers) for key, numbers in entry.items()}
 
 
+def in_effect(device: torch.device) -> dict[str, dict[str, int]]:
+    """What was measured on a device and serves there, by ``Shape.key``, JSON-able: another tile has other last bits."""
+    return {key: _numbers(chosen) for key, chosen in measured(machine(device)).items()}
+
+
 def save(device: torch.device, found: dict[str, Configuration]) -> Path:
     """Merge configurations into the file.
 

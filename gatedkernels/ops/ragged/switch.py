@@ -13,12 +13,21 @@ from torch import Tensor
 
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops.ragged import switch_kernels
-from gatedkernels.ops.ragged.gated import rows
-from gatedkernels.ops.ragged.launch import List, channels_dense, convolve, packed_like, plan
+from gatedkernels.ops.ragged.gated import POINT, Block, as_filters, as_images, rows
+from gatedkernels.ops.ragged.launch import (
+    CONV_FLAG,
+    LINEAR_FLAG,
+    List,
+    channels_dense,
+    convolve,
+    packed_like,
+    plan,
+    sums_like,
+)
 
 
 class Sides(NamedTuple):
-    """How many channels each side may compute, for a mask's lists and for all samples: one side's are zero."""
+    """How many channels each side may compute, by list and, hidden by the dense one, for all: one side's are zero."""
 
     gated_inner: Tensor
     gated_outer: Tensor
@@ -37,7 +46,8 @@ def sides(lists: List, channels: int, outer: int, threshold: float) -> Sides:
     """
     counts = lists.counts
     assert counts is not None
-    found = Sides(torch.empty_like(counts), torch.empty_like(counts), *counts.new_empty((2, 1)).unbind())
+    by_list = counts.new_empty((3, len(counts))).unbind()
+    found = Sides(by_list[0], by_list[1], counts.new_empty(1), by_list[2])
     limit = math.floor(threshold * len(counts) * channels)
     with torch.cuda.device_of(counts):
         switch_kernels.switch_kernel[(1,)](
@@ -55,13 +65,14 @@ def gated_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     threshold: float,
+    flag: Any = CONV_FLAG,
 ) -> Tensor:
     """The convolution with an out-mask, gated up to a density of ``threshold``, else dense."""
     size, channels = arguments.output_size(x, weight, stride, padding, dilation), weight.shape[0]
     y = x.new_empty((x.shape[0], *size, channels)).permute(0, 3, 1, 2)
     x, weight, lists = channels_dense(x), rows(weight, False), plan(out_mask)
     chosen = sides(lists, channels, channels, threshold)
-    window: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    window: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "flag": flag}
     # The gated side writes zeros where it lists nothing; the other one comes after it.
     convolve(x, weight, bias, y, outs=List(lists.indices, chosen.gated_inner), **window)
     return convolve(
@@ -81,22 +92,57 @@ def gated_block(
     stride: Sequence[int],
     threshold: float,
 ) -> Tensor:
-    """The gated basic block, gated up to a density of ``threshold``, else dense: six launches, of which two compute."""
-    inner, outer, together = weight1.shape[0], weight2.shape[0], max(1, x.shape[0])
-    size = arguments.output_size(x, weight1, stride, (1, 1), (1, 1))
-    lists, x = plan(mask), channels_dense(x)
-    chosen = sides(lists, inner, outer, threshold)
-    weight1, weight2 = rows(weight1, False), rows(weight2, True)
+    """The gated basic block, gated up to a density of ``threshold``, else dense."""
+    block = Block(rows(weight1, False), bias1, rows(weight2, True), bias2, weight2.shape[0])
+    return run(block, x, plan(mask), mask, residual, stride, threshold)[0]
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_mask: Tensor, threshold: float) -> Tensor:
+    """The linear layer of (masks, tokens of a mask, C) with an out-mask, likewise."""
+    y = gated_conv2d(as_images(x), as_filters(weight), bias, out_mask, *POINT[:3], threshold, LINEAR_FLAG)
+    return y.squeeze(3).transpose(1, 2)
+
+
+def run(
+    block: Block,
+    x: Tensor,
+    lists: List,
+    mask: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    threshold: float,
+    summed: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``Block.run`` on two sides: five launches, of which two compute.
+
+    Args:
+        block: The weights.
+        x: Images (N, C, H, W).
+        lists: Of the open hidden channels.
+        mask: Bool (N, M / group), what these were made from.
+        residual: Added before the last ReLU, or None.
+        stride: Of the first convolution.
+        threshold: Density above which the dense side serves.
+        summed: Leave sums of the result's pixels.
+    """
+    inner, outer, together = block.weight1.shape[0], block.channels, max(1, x.shape[0])
+    size = arguments.output_size(x, block.weight1, stride, (1, 1), (1, 1))
+    x, chosen = channels_dense(x), sides(lists, inner, outer, threshold)
     hidden = packed_like(x, inner, *size)
     y = x.new_empty((x.shape[0], *size, outer)).permute(0, 3, 1, 2)
     if residual is not None and residual.stride() != y.stride():
         residual = torch.empty_like(y).copy_(residual)
+    gate = mask.repeat_interleave(inner // mask.shape[1], 1) if mask.shape[1] < inner else mask.contiguous()
+    sums = sums_like(y) if summed else None
     first: dict[str, Any] = {"stride": stride, "padding": (1, 1), "relu": True, "packed_out": True}
-    second: dict[str, Any] = {"padding": (1, 1), "relu": True, "residual": residual, "packed_out": True}
-    convolve(x, weight1, bias1, hidden, outs=List(lists.indices, chosen.gated_inner), **first)
+    second: dict[str, Any] = {"padding": (1, 1), "relu": True, "residual": residual, "packed_out": True, "sums": sums}
+    convolve(x, block.weight1, block.bias1, hidden, outs=List(lists.indices, chosen.gated_inner), **first)
     convolve(
-        x, weight1, bias1, hidden, outs=List(None, chosen.dense_inner), gate=mask.contiguous(), shared=together, **first
+        x, block.weight1, block.bias1, hidden, outs=List(None, chosen.dense_inner), gate=gate, shared=together, **first
     )
     ins, outs = List(lists.indices, chosen.gated_inner), List(None, chosen.gated_outer)
-    convolve(hidden, weight2, bias2, y, ins, outs, packed_in=True, **second)
-    return convolve(hidden, weight2, bias2, y, outs=List(None, chosen.dense_outer), shared=together, **second)
+    convolve(hidden, block.weight2, block.bias2, y, ins, outs, packed_in=True, **second)
+    # Sums are of one sample each; without them all samples share a list.
+    together = together if sums is None else 1
+    convolve(hidden, block.weight2, block.bias2, y, outs=List(None, chosen.dense_outer), shared=together, **second)
+    return y, sums

@@ -12,7 +12,7 @@ def switch_kernel(
     gated_inner,  # int32 (lists,): the same, or zeros
     gated_outer,  # int32 (lists,): ``outer``, or zeros
     dense_inner,  # int32 (1,): zero, or ``inner``
-    dense_outer,  # int32 (1,): zero, or ``outer``
+    dense_outer,  # int32 (lists,): zeros, or ``outer``
     lists,
     limit,  # the most channels of all lists with which the gated side serves
     inner,
@@ -29,6 +29,7 @@ def switch_kernel(
         each = start + tl.arange(0, CHUNK)
         listed = tl.load(count + each, each < lists, other=0)
         tl.store(gated_inner + each, tl.where(is_dense, 0, listed), each < lists)
-        tl.store(gated_outer + each, tl.where(is_dense, 0, tl.zeros_like(listed) + outer), each < lists)
+        every = tl.zeros_like(listed) + outer
+        tl.store(gated_outer + each, tl.where(is_dense, 0, every), each < lists)
+        tl.store(dense_outer + each, tl.where(is_dense, every, 0), each < lists)
     tl.store(dense_inner, tl.where(is_dense, inner, 0))
-    tl.store(dense_outer, tl.where(is_dense, outer, 0))
