@@ -1,13 +1,14 @@
-"""Widths: operations with a width for every sample against loops, and networks against ones built narrow.
+"""Widths: operations with a width for every sample against loops, networks against ones built narrow, training.
 
-``python -m bench.slimmable`` and ``python -m bench.slimmable networks`` print the tables of docs/performance.md.
+``python -m bench.slimmable``, ``… networks`` and ``… training`` print the tables of docs/performance.md.
 """
 
 import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch.nn.functional import conv2d, linear
 import gatedkernels as gk
 from gatedkernels.nn import make_divisible
 from gatedkernels.reporting.baselines import check_same
+from gatedkernels.reporting.timing import Ratio, interleave, time_call
+from gatedkernels.training.methods import US3L
+from gatedkernels.training.recipes import build_method, make_config
 
 Call = Callable[[], Tensor]
 
@@ -29,7 +33,15 @@ CONVS = [
 ]
 # Batch, tokens, inputs, units
 LINEARS = [(4, 65, 192, 768), (16, 65, 192, 768), (16, 197, 384, 1536), (16, 197, 1536, 384), (16, 16, 384, 1536)]
-NETWORKS = ("slimmable_resnet18", "slimmable_resnet50", "slimmable_mobilenet_v2")
+# Name, side of the image, batch, width
+NETWORKS = [
+    *(("slimmable_resnet18", 32, batch, width) for batch in (1, 16) for width in (0.25, 0.5, 1.0)),
+    *(("slimmable_resnet18", 224, 1, width) for width in (0.25, 0.5)),
+    *(("slimmable_resnet50", 32, 16, width) for width in (0.25, 0.5)),
+    *(("slimmable_mobilenet_v2", 32, batch, 0.25) for batch in (1, 16)),
+]
+# Widths of an iteration of US3L, the first of which the others are compared with
+ITERATIONS = [[1.0], [1.0, 0.25], [1.0, 0.5, 0.25], [1.0, 0.75, 0.25], [1.0, 0.75, 0.5]]
 
 
 def by_samples(run: Callable[..., Tensor], x: Tensor, y: Tensor, ins: list[int], outs: list[int]) -> Tensor:
@@ -88,7 +100,8 @@ def linear_calls(batch: int, tokens: int, inputs: int, units: int) -> dict[str, 
 
 def network_calls(name: str, size: int, batch: int, width: float) -> dict[str, Call]:
     """A slimmable network at a width, and one built so narrow, both eager and optimised."""
-    net, x = gk.models.create_model(name, num_classes=10, stem="cifar"), torch.randn(batch, 3, size, size)
+    stem = "cifar" if size < 64 else "imagenet"
+    net, x = gk.models.create_model(name, num_classes=10, stem=stem), torch.randn(batch, 3, size, size)
     gk.calibrate_norms(net, [x], [width])
     net.eval().set_width(width)
     narrow = gk.slice(net, width).to(memory_format=torch.channels_last)
@@ -117,23 +130,93 @@ def milliseconds(calls: Mapping[str, Call], seconds: float) -> dict[str, float]:
     return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
 
 
+class Iterations(US3L):
+    """US3L without a trainer."""
+
+    def __init__(self, *method: Any) -> None:
+        super().__init__(*method)
+        self.sgd = self.configure_optimizers()
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        """The optimiser; nobody counts its steps."""
+        return self.sgd
+
+    def manual_backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
+        """Without scaling."""
+        loss.backward()
+
+
+def iteration_times(batch: int, seconds: float) -> list[list[float]]:
+    """Seconds of whole iterations of US3L on a slimmable ResNet-18 and 32×32 images, at each of the lists of widths."""
+    config = make_config("us3l", batch_size=batch)
+    method = Iterations(build_method(config).backbone.to(memory_format=torch.channels_last), config)
+    views = [torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+
+    def iteration(widths: Sequence[float]) -> Callable[[], object]:
+        return lambda: method.iterate(views, widths, epoch=config.epochs - 1)
+
+    times: list[list[float]] = [[] for _ in ITERATIONS]
+    iteration(ITERATIONS[-1])()
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 3 or time.perf_counter() < end:
+        for widths, taken in zip(ITERATIONS, times, strict=True):
+            taken.append(time_call(iteration(widths)))
+    return times
+
+
+def operation_rows(seconds: float) -> Iterator[tuple[object, ...]]:
+    """Milliseconds of operations with a width for every sample."""
+    rows = [(("conv", *case), conv_calls(*case)) for case in CONVS]
+    rows += [(("linear", *case), linear_calls(*case)) for case in LINEARS]
+    with torch.inference_mode():
+        for case, calls in rows:
+            taken = milliseconds(calls, seconds)
+            yield *case, *(f"| {name} {value:.3f}" for name, value in taken.items())
+
+
+def network_rows(seconds: float, pattern: str) -> Iterator[tuple[object, ...]]:
+    """Milliseconds of networks, and how much longer the optimised slimmable one takes than the narrow one."""
+    for case in NETWORKS:
+        if pattern not in " ".join(map(str, case)):
+            continue
+        with torch.inference_mode():
+            calls = network_calls(*case)
+            taken = milliseconds(calls, seconds / 4)
+        samples = interleave({name: call for name, call in calls.items() if "optimised" in name}, seconds=seconds)
+        ratio = Ratio.of(samples["slimmable, optimised"], samples["narrow, optimised"])
+        columns = [f"| {name} {value:.3f}" for name, value in taken.items()]
+        yield *case, *columns, f"| ratio {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+
+
+def training_rows(batch: int, seconds: float) -> Iterator[tuple[object, ...]]:
+    """Iterations of US3L: how many times as long as at full width they take, and the sum of their widths squared."""
+    times = iteration_times(batch, seconds)
+    for widths, taken in zip(ITERATIONS, times, strict=True):
+        ratio, work = Ratio.of(taken, times[0]), sum(width * width for width in widths)
+        milliseconds = 1e3 * statistics.median(taken)
+        yield (
+            *widths, f"| ms {milliseconds:.0f} | times {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
+            f"| work {work:.4f} | over {ratio.value / work:.3f}",
+        )  # fmt: skip
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", default="operations", choices=["operations", "networks"])
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each row")
+    parser.add_argument("what", nargs="?", default="operations", choices=["operations", "networks", "training"])
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each row; of training, for all of them")
+    parser.add_argument("--only", default="", help="networks whose name, side, batch and width, so written, hold this")
+    parser.add_argument("--batch", type=int, default=64, help="images of an iteration of training")
     chosen = parser.parse_args(arguments)
     if chosen.what == "operations":
-        rows = [(("conv", *case), conv_calls(*case)) for case in CONVS]
-        rows += [(("linear", *case), linear_calls(*case)) for case in LINEARS]
+        rows = operation_rows(chosen.seconds)
+    elif chosen.what == "networks":
+        rows = network_rows(chosen.seconds, chosen.only)
     else:
-        cases = [(name, 32, batch, width) for name in NETWORKS for batch in (1, 16) for width in (0.25, 0.5, 1.0)]
-        rows = [(case, network_calls(*case)) for case in cases]
-    for case, calls in rows:
-        taken = milliseconds(calls, chosen.seconds)
-        print(*case, *(f"| {name} {value:.3f}" for name, value in taken.items()), flush=True)
+        rows = training_rows(chosen.batch, chosen.seconds)
+    for row in rows:
+        print(*row, flush=True)
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

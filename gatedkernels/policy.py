@@ -295,11 +295,6 @@ def choose_linear(x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) ->
     return Choice("cpu", threshold)
 
 
-# With a width for every sample: the fewest output pixels of the batch for which packing the filters, once for all
-# samples, pays; below it PyTorch's convolution serves, for groups of equal width.
-SLICED_LEAST = 128
-
-
 def choose_sliced(
     x: Tensor,
     weight: Tensor,
@@ -309,9 +304,7 @@ def choose_sliced(
     groups: int,
 ) -> str:
     """The backend for a convolution with a width for every sample; looks at shapes, dtypes and devices."""
-    if cpu_problem(x, weight, stride, padding, dilation, groups) is not None:
-        return "dense"
-    return "dense" if output_pixels(x, stride) < SLICED_LEAST else "cpu"
+    return "dense" if cpu_problem(x, weight, stride, padding, dilation, groups) is not None else "cpu"
 
 
 def choose_sliced_linear(x: Tensor) -> str:

@@ -1,6 +1,7 @@
 """Group regularisation: later channels, which only wide networks use, decay less."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,16 +51,49 @@ def group_penalty(parameters: Iterable[Tensor], weight: float, strength: float) 
         raise ValueError(f"weight must not be negative, got {weight}")
     if not 0 <= strength < 1 / (_GROUPS - 1):
         raise ValueError(f"strength must be at least 0 and below 1 / {_GROUPS - 1}, got {strength}")
-    squares = [_weighted_squares(parameter, strength) for parameter in parameters]
-    if not squares:
+    tensors = list(parameters)
+    if not tensors:
         raise ValueError("parameters must hold at least one tensor, got none")
-    return weight * torch.stack(squares).sum()
+    return _Penalty.apply(weight, strength, *tensors)
+
+
+class _Penalty(torch.autograd.Function):
+    """The penalty with the gradient written out: autograd's passes over all weights four times as often."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: float, strength: float, *parameters: Tensor) -> Tensor:
+        """Add up the squares."""
+        ctx.weight, ctx.strength = weight, strength
+        ctx.save_for_backward(*parameters)
+        return weight * torch.stack([_weighted_squares(parameter, strength) for parameter in parameters]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Multiply each parameter by twice its weight."""
+        scale = 2 * ctx.weight * gradient
+        return None, None, *(_times(scale, parameter, ctx.strength) for parameter in ctx.saved_tensors)
+
+
+def _factors(parameter: Tensor, strength: float) -> Tensor | None:
+    """What the rows of a parameter weigh, float32; None: all the same."""
+    if parameter.ndim == 2 or strength == 0:
+        return None
+    channels = torch.arange(len(parameter), device=parameter.device)
+    group = (channels // max(len(parameter) // _GROUPS, 1)).clamp(max=_GROUPS - 1)  # the last takes what is left over
+    return 1 - strength * group.float()
 
 
 def _weighted_squares(parameter: Tensor, strength: float) -> Tensor:
-    squares = parameter.float().square()
-    if parameter.ndim == 2:
-        return squares.sum()
-    channels = torch.arange(len(parameter), device=parameter.device)
-    group = (channels // max(len(parameter) // _GROUPS, 1)).clamp(max=_GROUPS - 1)  # the last takes what is left over
-    return (squares.flatten(1).sum(1) if parameter.ndim > 1 else squares).dot(1 - strength * group.float())
+    factors = _factors(parameter, strength)
+    if factors is None:
+        return torch.linalg.vector_norm(parameter, dtype=torch.float32).square()
+    if parameter.ndim == 1:
+        return parameter.float().square().dot(factors)
+    rows = list(range(1, parameter.ndim))
+    return torch.linalg.vector_norm(parameter, dim=rows, dtype=torch.float32).square().dot(factors)
+
+
+def _times(scale: Tensor, parameter: Tensor, strength: float) -> Tensor:
+    factors = _factors(parameter, strength)
+    by_row = scale if factors is None else (scale * factors).view(-1, *(1,) * (parameter.ndim - 1))
+    return parameter * by_row.to(parameter.dtype)

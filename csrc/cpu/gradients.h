@@ -2,7 +2,6 @@
 // a convolution's input, and the gradient of its filters.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "tensors.h"
@@ -32,22 +31,6 @@ class Planes {
   Tensor memory_;
   float* data_;
   std::vector<int64_t> offset_;
-};
-
-// Memory of at least so many floats that a thread keeps, so that it need not be mapped again at each call.
-class Kept {
- public:
-  float* reserve(int64_t floats) {
-    if (floats > size_) {
-      memory_.reset(new float[floats]);
-      size_ = floats;
-    }
-    return memory_.get();
-  }
-
- private:
-  std::unique_ptr<float[]> memory_;
-  int64_t size_ = 0;
 };
 
 // The filters (K, C, S, S) of a convolution as those of the one that gives its input's gradient at stride 1: input and

@@ -21,24 +21,23 @@ GK_INLINE void transpose_square(const float* from, int64_t from_step, float* to,
   store<4>(to + 3 * to_step, __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7));
 }
 
-// Columns `begin` to `end` of (rows, columns) become rows of (columns, rows), cache line by cache line of either side.
-void transpose(const float* from, float* to, int64_t rows, int64_t columns, int64_t begin, int64_t end) {
+}  // namespace
+
+void transpose(const float* from, float* to, int64_t rows, int64_t columns, int64_t begin, int64_t end, int64_t step) {
   const int64_t whole = begin + (end - begin) / 4 * 4;
   for (int64_t first = 0; first < rows; first += kLine) {
     const int64_t last = std::min(first + kLine, rows);
     int64_t r = first;
     for (; r + 4 <= last; r += 4) {
       for (int64_t c = begin; c < whole; c += 4) {
-        transpose_square(from + r * columns + c, columns, to + c * rows + r, rows);
+        transpose_square(from + r * columns + c, columns, to + c * step + r, step);
       }
     }
     for (int64_t at = first; at < last; ++at) {
-      for (int64_t c = at < r ? whole : begin; c < end; ++c) to[c * rows + at] = from[at * columns + c];
+      for (int64_t c = at < r ? whole : begin; c < end; ++c) to[c * step + at] = from[at * columns + c];
     }
   }
 }
-
-}  // namespace
 
 bool is_channels_last(const Tensor& t) {
   int64_t step = 1;
@@ -68,7 +67,7 @@ Tensor in_layout(const Tensor& images, MemoryFormat format) {
   torch::stable::parallel_for(0, N * strips, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / strips * rows * columns, first = i % strips * kLine;
-      transpose(from + image, to + image, rows, columns, first, std::min(first + kLine, columns));
+      transpose(from + image, to + image, rows, columns, first, std::min(first + kLine, columns), rows);
     }
   });
   return moved;

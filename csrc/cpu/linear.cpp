@@ -226,9 +226,8 @@ void run_out_few(const Tensor& x, const Tensor& weight, const float* bias, const
   const bool* reads = in_rows ? in_rows->const_data_ptr<bool>() : nullptr;
   const bool* open = out_rows.const_data_ptr<bool>();
   const float* in = floats(x);
-  OutConv conv = {};
-  conv.size = {1, static_cast<int>(T), 1, static_cast<int>(T), 1, 1};
-  conv.C = static_cast<int>(C), conv.weight = floats(weight), conv.bias = bias, conv.plane = T;
+  const Geometry size{1, static_cast<int>(T), 1, static_cast<int>(T), 1, 1};
+  const OutConv conv{size, static_cast<int>(C), floats(weight), bias, T, false};
   torch::stable::parallel_for(0, N, 4, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> units(K);
     std::vector<float> planes(K * T), opened(reads ? T * C : 0);

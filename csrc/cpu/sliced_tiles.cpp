@@ -66,12 +66,21 @@ void close_beyond(const TileGrid& grid, Strip strip, int64_t width, int64_t K, f
 
 }  // namespace
 
-bool sliced_tiles_pay(const Tensor& x, int64_t taps, int64_t stride, int64_t most) {
-  constexpr int64_t kLeastTiles = 256;  // of the batch, for which transforming the filters pays; measured on Zen 4
-  if (taps != 3 || stride != 1 || x.size(0) < threads()) return false;
-  const TileGrid grid(geometry(x, taps, stride));
-  const int64_t image = x.size(1) * x.size(2) * x.size(3);
-  return x.size(0) * grid.tiles() >= kLeastTiles && in_tiles_pay(grid, static_cast<int32_t>(most), x.size(0), image);
+bool sliced_tiles_pay(const Tensor& x, const Tensor& weight, int64_t stride, const Plan* ins, const Plan* outs) {
+  // Costs in multiply-adds, by rows of weights and on tiles, measured on Zen 4: those of a tile, and of transforming a
+  // filter, for each input and output channel.
+  constexpr double kTile = 20, kTransform = 1050;
+  const int64_t C = x.size(1), K = weight.size(0), most = ins ? ins->most() : C;
+  if (weight.size(2) != 3 || stride != 1) return false;
+  const TileGrid grid(geometry(x, 3, 1));
+  const int64_t image = C * x.size(2) * x.size(3);
+  if (!in_tiles_pay(grid, static_cast<int32_t>(most), x.size(0), image)) return false;
+  double pairs = 0;
+  for (int64_t n = 0; n < x.size(0); ++n) {
+    pairs += static_cast<double>(ins ? ins->count[n] : C) * static_cast<double>(outs ? outs->count[n] : K);
+  }
+  return pairs * (taps_inside(grid.size) - kTile * grid.tiles()) >
+         kTransform * static_cast<double>(most * (outs ? outs->most() : K));
 }
 
 Tensor sliced_on_tiles(const Tensor& given_x, const Tensor& filters, const float* bias, int64_t K, const Plan* ins,

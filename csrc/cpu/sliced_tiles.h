@@ -5,8 +5,8 @@
 
 namespace gatedkernels {
 
-// Whether they pay, `most` being the input channels of the widest sample.
-bool sliced_tiles_pay(const Tensor& x, int64_t taps, int64_t stride, int64_t most);
+// Whether they pay, transforming the filters included; null plans: every channel.
+bool sliced_tiles_pay(const Tensor& x, const Tensor& weight, int64_t stride, const Plan* ins, const Plan* outs);
 
 // filters: as `weight_blocks` packs them; null plans: every channel. Writes NHWC pixels of all K output channels, zeros
 // beyond a sample's width.

@@ -126,6 +126,7 @@ class Tensor {
   void check_dtype() const {
     constexpr ScalarType wanted = std::is_same_v<T, float>     ? ScalarType::Float
                                   : std::is_same_v<T, int32_t> ? ScalarType::Int
+                                  : std::is_same_v<T, int64_t> ? ScalarType::Long
                                                                : ScalarType::Bool;
     static_assert(wanted != ScalarType::Bool || std::is_same_v<T, bool>);
     STD_TORCH_CHECK(dtype_ == wanted, "a tensor has another dtype than the kernel takes");

@@ -64,13 +64,14 @@ Plan::Plan(const Tensor& given_index, const Tensor& given_count, int64_t samples
 
 Plan::Plan(const Tensor& width, int64_t samples_, int64_t channels_)
     : samples(samples_), channels(channels_), index(nullptr) {
-  STD_TORCH_CHECK(width.scalar_type() == ScalarType::Int && width.is_cpu() && width.dim() == 1 &&
+  const bool wide = width.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK((wide || width.scalar_type() == ScalarType::Int) && width.is_cpu() && width.dim() == 1 &&
                       width.size(0) == samples,
-                  "widths are int32, one for every sample, on the CPU");
+                  "widths are int32 or int64, one for every sample, on the CPU");
   const Tensor packed = row_major(width);
-  const int32_t* from = packed.const_data_ptr<int32_t>();
   for (int64_t n = 0; n < samples; ++n) {
-    own_count.push_back(std::clamp<int32_t>(from[n], 0, static_cast<int32_t>(channels)));
+    const int64_t given = wide ? packed.const_data_ptr<int64_t>()[n] : packed.const_data_ptr<int32_t>()[n];
+    own_count.push_back(static_cast<int32_t>(std::clamp<int64_t>(given, 0, channels)));
   }
   count = own_count.data();
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -35,6 +36,9 @@ MemoryFormat layout_like(const Tensor& x);
 Tensor in_layout(const Tensor& images, MemoryFormat format);
 inline Tensor channels_last(const Tensor& t) { return in_layout(t, MemoryFormat::ChannelsLast); }
 
+// Columns [begin, end) of (rows, columns) become rows, `step` floats apart: cache line by cache line of either side.
+void transpose(const float* from, float* to, int64_t rows, int64_t columns, int64_t begin, int64_t end, int64_t step);
+
 inline void check_float(const Tensor& t, int64_t dims) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == dims && t.is_cpu(),
                   "the CPU kernels take float32 tensors on the CPU");
@@ -53,6 +57,22 @@ void in_order(int64_t total, const Item& item) {
   run_in_order(total, threads(), parallel, item);
 }
 
+// Memory of at least so many floats that a thread keeps, so that it need not be mapped again at each call.
+class Kept {
+ public:
+  float* reserve(int64_t floats) {
+    if (floats > size_) {
+      memory_.reset(new float[floats]);
+      size_ = floats;
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<float[]> memory_;
+  int64_t size_ = 0;
+};
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The active channels of every sample, and how many they are. A sample's width is a plan without a list: its active
@@ -64,7 +84,7 @@ struct Plan {
 
   explicit Plan(const Tensor& mask);                                            // bool (N, C)
   Plan(const Tensor& index, const Tensor& count, int64_t samples, int64_t channels);  // as `plan` returns them
-  Plan(const Tensor& width, int64_t samples, int64_t channels);                       // int32 (N,)
+  Plan(const Tensor& width, int64_t samples, int64_t channels);                       // int32 or int64 (N,)
 
   const int32_t* list(int64_t sample) const { return index ? index + sample * channels : nullptr; }
   // Where in a sample's list the channels from `channel` on begin, in whole register tiles of `unit` channels: slices

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import slimmable
+from gatedkernels.training.recipes import make_config
 
 
 @torch.inference_mode()
@@ -18,6 +19,18 @@ def test_every_way_computes_the_same():
 def test_networks():
     taken = slimmable.milliseconds(slimmable.network_calls("slimmable_mobilenet_v2", 8, 4, 0.5), 0)
     assert taken.keys() == {"slimmable", "narrow", "slimmable, optimised", "narrow, optimised"}
+
+
+def test_rows_of_networks_and_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(slimmable, "NETWORKS", [("slimmable_mobilenet_v2", 32, 1, 0.25), ("nothing", 8, 1, 1.0)])
+    slimmable.main(["networks", "--seconds", "0.01", "--only", "mobilenet_v2 32 1"])
+    assert "| ratio " in capsys.readouterr().out
+    small = {"width": 0.125, "hidden": 16, "embedding": 16}
+    monkeypatch.setattr(slimmable, "make_config", lambda recipe, **options: make_config(recipe, **options, **small))
+    monkeypatch.setattr(slimmable, "ITERATIONS", [[1.0], [1.0, 0.25]])
+    slimmable.main(["training", "--batch", "4", "--seconds", "0"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert "| times 1.000 (1.000 to 1.000) | work 1.0000" in first and "| work 1.0625 |" in second
 
 
 @torch.inference_mode()

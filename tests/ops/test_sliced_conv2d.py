@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import conv2d
 
 import gatedkernels as gk
-from gatedkernels import _extension
+from gatedkernels import _extension, policy
 from gatedkernels.ops._widths import equal_widths, put, take
 from gatedkernels.ops.gated_conv2d.reference import gated_conv2d_reference
 from gatedkernels.ops.sliced_conv2d import op
@@ -29,8 +29,8 @@ SHAPES = [
     (5, 130, 20, 4, 4, 3, 1),
     (2, 5, 3, 1, 1, 1, 2),
     (1, 1, 1, 1, 1, 3, 1),
-    (5, 40, 70, 17, 15, 3, 1),  # and the last two on tiles, where every sample has its width
-    (16, 20, 33, 8, 8, 3, 1),
+    (5, 40, 70, 33, 31, 3, 1),  # and the last two on tiles, where every sample has its width
+    (16, 20, 33, 16, 16, 3, 1),
 ]
 # Everybody else is served by PyTorch: C, K, size of the window, and the rest
 GENERAL = {
@@ -357,16 +357,56 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str):
 
 
 @needs_cpu
-@pytest.mark.parametrize("shape", SHAPES[:-2], ids=str)  # on tiles there is no gated convolution to compare with
+@pytest.mark.parametrize("shape", [SHAPES[0], *SHAPES[2:8], (16, 64, 32, 16, 16, 1, 1)], ids=str)
 def test_a_width_is_a_plan_without_a_list(shape: Sequence[int], images):
-    """One mechanism: the gated convolution of a mask that is a prefix has a list, and the same bits."""
+    """One mechanism: the gated convolution of masks that are prefixes has lists, and the same bits."""
     n, c, k, h, w, side, stride = shape
     x, (weight, bias) = images((n, c, h, w), "channels_last"), make_weights(k, c, side, side)
     options = {"stride": stride, "padding": side // 2, "backend": "cpu"}
-    width = widths(n, c)
-    sliced = gk.sliced_conv2d(x, weight, bias, width, **options)
-    gated = gk.gated_conv2d(x, weight, bias, prefix(width, c), **options)
+    ins, outs = widths(n, c), widths(n, k)
+    in_blocks = n * h * w > 2048  # the other kernel
+    sliced = gk.sliced_conv2d(x, weight, bias, ins, None if in_blocks else outs, **options)
+    gated = gk.gated_conv2d(x, weight, bias, prefix(ins, c), None if in_blocks else prefix(outs, k), **options)
     assert torch.equal(sliced, gated)
+
+
+@needs_cpu
+@pytest.mark.parametrize("side", [1, 3])
+def test_filters_of_any_strides_have_the_same_bits(side: int, images):
+    """Rows of weights are read as they lie, or turned: a piece of the filters at a time."""
+    x, weight = images((3, 37, 4, 5), "channels_last"), torch.randn(30, 37, side, side)
+    ins, outs = torch.tensor([37, 5, 20]), torch.tensor([7, 30, 13])
+    forms = [
+        weight,
+        weight.contiguous(memory_format=torch.channels_last),
+        weight.transpose(0, 1).contiguous().transpose(0, 1),
+        weight.transpose(2, 3).contiguous().transpose(2, 3),
+    ]
+    results = [gk.sliced_conv2d(x, each, None, ins, outs, padding=side // 2, backend="cpu") for each in forms]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_cpu
+def test_a_known_call_is_not_looked_at(monkeypatch: pytest.MonkeyPatch):
+    x, (weight, bias) = torch.randn(2, 8, 5, 7), make_weights(8, 8, 3, 3)
+    policy.forget()
+
+    def run(x: Any = x, ins: Any = WIDTH, weight: Any = weight, padding: int = 1) -> Tensor:
+        return gk.sliced_conv2d(x, weight, bias, ins, WIDTH + 4, padding=padding)
+
+    expected, fewer = run(), run(x[:, :6])
+    monkeypatch.setattr(op.arguments, "check_images", forbid)
+    assert torch.equal(run(), expected)
+    others = [
+        {"ins": WIDTH.int()}, {"ins": 2}, {"ins": None}, {"x": x[:, :6]}, {"padding": 0},
+        {"x": x.contiguous(memory_format=torch.channels_last)}, {"weight": weight.clone().requires_grad_()},
+    ]  # fmt: skip
+    for change in others:
+        with pytest.raises(AssertionError, match="the wrong implementation was called"):
+            run(**change)
+    monkeypatch.undo()
+    assert torch.equal(run(x[:, :6]), fewer)
+    assert torch.equal(run(ins=WIDTH.int()), expected)
 
 
 def test_neighbours_of_equal_width_are_views():

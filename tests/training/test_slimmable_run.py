@@ -47,7 +47,7 @@ def small(recipe: str, **options: Any) -> SlimmableConfig:
         chosen |= {"embedding": 16, "hidden": 16, "queue": 40}
     if recipe.endswith("vit"):
         chosen |= {"patch_size": 8, "lr": 1e-3, "warmup_epochs": 0}
-    elif "network" not in options:
+    elif options.get("network", "resnet").startswith("resnet"):
         chosen["width"] = 0.125
     config = make_config(recipe, **{**chosen, **options})
     assert isinstance(config, SlimmableConfig)

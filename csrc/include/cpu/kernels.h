@@ -14,16 +14,17 @@ struct Geometry {
   int H, W, OH, OW, stride, S;  // S is 1 or 3, the padding S / 2
 };
 
-// Out-gated: reads every channel of an NHWC image, writes one plane for each listed output channel.
+// Out-gated: reads the first channels of an NHWC image, writes one plane for each listed output channel.
 template <class Element>
 struct OutConvOf {
   Geometry size;
-  int C;
+  int C = 0;
   const Element* weight;  // (K, S, S, C)
   const Element* bias;    // (K), or null
   int64_t plane;          // elements from one output plane to the next
   bool relu;
   int turns = 0;  // after how many runs of as many channels this thread will probably go on; 0: nobody knows
+  int inputs = C;  // channels to read, from the first one on
 };
 
 // In-gated: reads the listed input channels wherever they lie, writes NHWC pixels of all K output channels.

@@ -56,11 +56,11 @@ struct OutRows {
     };
     constexpr int kStep = L * Numbers::kPaired;
     int c = 0;
-    for (; c + kStep <= conv.C; c += kStep) {
+    for (; c + kStep <= conv.inputs; c += kStep) {
       accumulate([c](const Element* from) __attribute__((always_inline)) { return Numbers::load(from + c); });
     }
-    if (c < conv.C) {
-      const int rest = conv.C - c;
+    if (c < conv.inputs) {
+      const int rest = conv.inputs - c;
       accumulate([c, rest](const Element* from) __attribute__((always_inline)) {
         return Numbers::load_first(from + c, rest);
       });
