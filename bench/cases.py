@@ -55,6 +55,20 @@ class BlockCase(_Case):
 
 
 @dataclass(frozen=True)
+class BottleneckCase(_Case):
+    """An optimised bottleneck without a shortcut; ``density`` of the channels behind either of its gates are open."""
+
+    planes: int
+    size: int
+    batch: int
+    density: float
+
+    def small(self) -> "BottleneckCase":
+        """The same in milliseconds, to see that it works."""
+        return replace(self, planes=self.planes // 8, size=min(self.size, 6), batch=min(self.batch, 3))
+
+
+@dataclass(frozen=True)
 class NetworkCase(_Case):
     """A whole optimised network; ``kept`` of its FLOPs are executed, gates included; 1: every gate is open."""
 
@@ -165,6 +179,12 @@ NETWORKS = tuple(
     for images, batch, kept in product(IMAGES, BATCHES, (0.3, 1.0))
 )
 
+# ResNet-50 and its blocks without shortcuts.
+BOTTLENECKS = tuple(
+    BottleneckCase(*shape, batch, density) for shape, batch, density in product(SHAPES, BATCHES, (0.2, 0.3, 0.5, 1.0))
+)
+NETWORKS_50 = tuple(replace(case, model="gated_resnet50") for case in NETWORKS)
+
 # The same blocks and networks where weights and activations are bfloat16.
 BLOCKS_BF16 = tuple(replace(case, dtype="bfloat16") for case in BLOCKS)
 NETWORKS_BF16 = tuple(replace(case, dtype="bfloat16") for case in NETWORKS)
@@ -238,20 +258,22 @@ def mask_cases(files: Sequence[Path]) -> tuple[BlockCase, ...]:
 
 
 # Every case, by the group of its cells; ``bench/test_<file>.py`` has a ``test_<group>`` for each.
-GROUPS: dict[str, tuple[BlockCase | NetworkCase | FunctionalCase | BackwardCase | LinearCase, ...]] = {
+GROUPS: dict[str, tuple[BlockCase | BottleneckCase | NetworkCase | FunctionalCase | BackwardCase | LinearCase, ...]] = {
     "block": BLOCKS,
     "masks": mask_cases(recordings()),
     "cold": COLD,
     "block_bf16": BLOCKS_BF16,
     "network": NETWORKS,
     "network_bf16": NETWORKS_BF16,
+    "bottleneck": BOTTLENECKS,
+    "network_50": NETWORKS_50,
     "functional": FUNCTIONALS,
     "backward": BACKWARDS,
     "linear": LINEARS,
 }
 
 # Groups that are measured where they are asked for; the others take ten minutes.
-ON_REQUEST = ("block_bf16", "network_bf16")
+ON_REQUEST = ("block_bf16", "network_bf16", "bottleneck", "network_50")
 
 # What a case takes beside the seconds it is timed for: building, checking, choosing the baseline; two Zen 4 cores.
 SECONDS_BESIDE = {
@@ -261,6 +283,8 @@ SECONDS_BESIDE = {
     "block_bf16": 0.4,
     "network": 20.0,
     "network_bf16": 20.0,
+    "bottleneck": 0.5,
+    "network_50": 40.0,
     "functional": 0.6,
     "backward": 0.8,
     "linear": 0.4,

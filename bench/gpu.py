@@ -1,7 +1,7 @@
 """The GPU benchmark in one command: ``python -m bench.gpu [--out FOLDER] [PART ...]``, from the root of a checkout.
 
-It needs that checkout and a python with PyTorch, Triton and pytest: no network, no installation, no compiled library.
-What is measured is written after every case, so that a run that is cut short has lost nothing.
+It needs that checkout and a python with PyTorch, Triton, rich and pytest: no network, no installation, no compiled
+library. What is measured is written after every case, so that a run that is cut short has lost nothing.
 """
 
 import argparse

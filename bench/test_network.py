@@ -18,3 +18,9 @@ def test_network(case: NetworkCase, run: Any, pytestconfig: pytest.Config) -> No
 def test_network_bf16(case: NetworkCase, run: Any, pytestconfig: pytest.Config) -> None:
     with network_trial(case, complete=pytestconfig.getoption("benchmark")) as trial:
         run(case, trial)
+
+
+@pytest.mark.parametrize("case", GROUPS["network_50"], indirect=True, ids=str)
+def test_network_50(case: NetworkCase, run: Any, pytestconfig: pytest.Config) -> None:
+    with network_trial(case, complete=pytestconfig.getoption("benchmark")) as trial:
+        run(case, trial)

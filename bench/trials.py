@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from bench.cases import BlockCase, FunctionalCase, NetworkCase
+from bench.cases import BlockCase, BottleneckCase, FunctionalCase, NetworkCase
 from bench.replay import draw, open_as
 from gatedkernels import count_flops, fix_gates, gated_block, gated_conv2d, models, optimize
-from gatedkernels.nn import Gate, GatedBasicBlock, gated_flops, kept_fraction
+from gatedkernels.nn import Gate, GatedBasicBlock, GatedBottleneck, gated_flops, kept_fraction
 from gatedkernels.nn.fix_gates import draw_masks
 from gatedkernels.reporting import density_for
 from gatedkernels.reporting.baselines import Baselines, check_same, dense_baselines, verify
@@ -91,13 +91,24 @@ def block_trial(case: BlockCase) -> Iterator[Trial]:
         yield Trial(lambda: fast(x), {"prepacked": lambda: dense(x)}, kept, prepare)
 
 
+@contextmanager
+def bottleneck_trial(case: BottleneckCase) -> Iterator[Trial]:
+    """An optimised bottleneck likewise."""
+    _, fast, reference, dense, x = _block(case.planes, case.size, case.batch, "float32", GatedBottleneck)
+    with fix_gates(fast, case.density), fix_gates(reference, case.density), torch.inference_mode():
+        check_same("the optimised bottleneck", fast(x), reference(x.double()))
+    with fix_gates(fast, case.density):
+        yield Trial(lambda: fast(x), {"prepacked": lambda: dense(x)}, count_flops(fast, x).kept)
+
+
 @lru_cache(maxsize=1)
 def _block(
-    channels: int, size: int, batch: int, dtype: str
+    planes: int, size: int, batch: int, dtype: str, kind: type[GatedBasicBlock | GatedBottleneck] = GatedBasicBlock
 ) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module, Tensor]:
     """A block, optimised, masked in float64 and dense, the same for all masks, and its batch."""
     torch.manual_seed(0)
-    block = _settled(GatedBasicBlock(channels, channels)).to(getattr(torch, dtype))
+    channels = planes * kind.expansion
+    block = _settled(kind(channels, planes)).to(getattr(torch, dtype))
     x = _images(batch, channels, size).to(getattr(torch, dtype))
     fast, reference, dense = optimize(block, x), build_twin(block, gated=True).double(), prepack(build_twin(block))
     with fix_gates(reference, 1.0), torch.inference_mode():

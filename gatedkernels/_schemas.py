@@ -62,6 +62,12 @@ SCHEMAS = (
     "packed_residual(Tensor x, Tensor gate_weight1, Tensor gate_bias1, Tensor gate_weight2, Tensor gate_bias2,"
     " Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? tiles1, Tensor? tiles2,"
     " Tensor? shortcut_weight, Tensor? shortcut_bias, Tensor? mask, SymInt stride) -> (Tensor, Tensor)",
+    # A bottleneck with its gates: weights and biases of the gates' layers (four each, or None), of the convolutions,
+    # and of the shortcut, or None; masks that are given; what the gates decided.
+    "packed_bottleneck(Tensor x, Tensor?[] parts, Tensor? mask1, Tensor? mask2, SymInt stride)"
+    " -> (Tensor, Tensor, Tensor)",
+    # The same of stride 1 without a shortcut, over its images.
+    "packed_bottleneck_(Tensor(a!) x, Tensor?[] parts, Tensor? mask1, Tensor? mask2) -> (Tensor, Tensor)",
     "packed_conv2d(Tensor x, Tensor weight, Tensor bias, Tensor? in_mask, Tensor? out_mask, Tensor? residual,"
     " SymInt out_channels, SymInt stride, bool relu) -> Tensor",
     "packed_stem(Tensor x, Tensor weight, Tensor bias, SymInt stride, SymInt padding, bool relu, bool pool) -> Tensor",

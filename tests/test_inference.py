@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import gatedkernels as gk
+from gatedkernels.models.gated_resnet import GatedResNet
 from gatedkernels.nn import GatedBasicBlock, GatedBottleneck
 from gatedkernels.nn.packed_blocks import PackedBasicBlock
 
@@ -282,3 +283,19 @@ def test_gates_and_shortcuts_can_be_listened_to():
         module.register_forward_hook(lambda *_: calls.append(1))
     assert torch.equal(fast(X), expected)
     assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_bottlenecks_write_over_each_others_results_only():
+    model = lively(GatedResNet(GatedBottleneck, (3, 2, 1, 2), stem="cifar", width=0.125, num_classes=None))
+    x = torch.randn(3, 3, 20, 20)
+    fast, before = gk.optimize(model, x), x.clone()
+    y = fast(x)
+    seen = []
+    for block in fast.blocks().values():  # modules that somebody listens to keep what they return
+        block.register_forward_hook(lambda module, args, result: seen.append((result, result.clone())))
+    torch.testing.assert_close(fast(x), y)
+    assert len(seen) == 8
+    assert all(torch.equal(result, then) for result, then in seen)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(y, model(x), rtol=1e-3, atol=1e-4)

@@ -5,7 +5,7 @@ They keep the names inside the modules they replace, so that gates, masks and FL
 
 import copy
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ class PackedGate(Packed):
     @property
     def decisions(self) -> int:
         """How many channels, or groups of them, are decided about."""
-        return self._buffers["bias2"].shape[0]
+        return cast(Tensor, self._buffers["bias2"]).shape[0]
 
     def layers(self) -> list[Tensor]:
         """Weights and bias of the hidden layer and of the last one."""

@@ -1,7 +1,7 @@
 """Residual blocks for inference: what `gatedkernels.nn.packed` has, put together."""
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -228,16 +228,21 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, branch: Branch | None) ->
         branch: As the blocks take it.
     """
     sums: Tensor | None = None
+    owned = False  # whether nobody else has seen these images
     for block in blocks:
         if isinstance(block, PackedBasicBlock) and block.chains(x, branch):
             x, sums = block.run_chained(x, sums)
-        else:
-            x, sums = block(x, branch), None
+            continue
+        if owned and isinstance(block, PackedBottleneck) and block.overwrites(x, branch):
+            block.run_over(x)
+            continue
+        x, sums = block(x, branch), None
+        owned = isinstance(block, PackedBottleneck) and not _is_heard(block)
     return x
 
 
 class PackedBottleneck(PackedResidual):
-    """A `GatedBottleneck` as a chain of gated convolutions."""
+    """A `GatedBottleneck` as one operation on CPUs, in float32; else, or where somebody listens, as a chain."""
 
     weight1: Tensor
     bias1: Tensor
@@ -267,6 +272,10 @@ class PackedBottleneck(PackedResidual):
         brought = mask or (None, None)
         self._check(x, branch, brought)
         x = self._as_computed(x)
+        if self._is_one(x):
+            y, mask1, mask2 = self._run(x, brought)
+            y = self._as_stored(y)
+            return (y, (_as_gate(mask1), _as_gate(mask2))) if return_gate else y
         mask1 = self._decide("gate1", x) if brought[0] is None else brought[0]
         open1 = None if mask1 is None else spread(mask1, self.shapes[0].out_channels)
         h = gated_conv2d(x, self.weight1, self.bias1, None, open1).relu_()
@@ -275,6 +284,60 @@ class PackedBottleneck(PackedResidual):
         h = self.conv2(h, open1, open2)
         y = self._as_stored(self.conv3(h, open2, residual=x if self.downsample is None else self.downsample(x)))
         return (y, (_as_gate(mask1), _as_gate(mask2))) if return_gate else y
+
+    def _is_one(self, x: Tensor) -> bool:
+        """Whether one operator does it all: in float32 on a CPU, where nobody listens to gates or convolutions."""
+        parts = [part for part in self._modules.values() if part is not None]
+        return (
+            x.is_cpu
+            and x.dtype == torch.float32
+            and self.conv2.is_packed
+            and all(part.is_packed and part.extra_padding == 0 for part in parts if isinstance(part, PackedConv2d))
+            and not any(isinstance(part, PackedCodebookGate) or _is_heard(part) for part in parts)
+        )
+
+    def _parts(self, x: Tensor, brought: tuple[Tensor | None, Tensor | None]) -> tuple[list[Any], list[Tensor | None]]:
+        """What the operator takes of it, and masks that are given instead of its gates' decisions."""
+        parts: list[Tensor | None] = []
+        masks = list(brought)
+        for i, name in enumerate(self.gate_names):
+            gate = cast(PackedGate | None, self._modules[name])
+            if gate is None or masks[i] is not None:
+                parts += (None,) * len(_WEIGHTS)
+            else:
+                parts += gate.layers()
+                masks[i] = None if gate.fixed is None else gate.fixed(len(x))
+        parts += (self.weight1, self.bias1, self.conv2.weight, self.conv2.bias, self.conv3.weight, self.conv3.bias)
+        parts += (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
+        return parts, masks
+
+    def _run(
+        self, x: Tensor, brought: tuple[Tensor | None, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        parts, masks = self._parts(x, brought)
+        y, *decided = _ops.packed_bottleneck(x, parts, *masks, self.shapes[1].stride[0])
+        if self.branch == "dense":
+            return y, None, None
+        mask1, mask2 = (own if given is None else given for own, given in zip(decided, masks, strict=True))
+        return y, mask1, mask2
+
+    def overwrites(self, x: Tensor, branch: Branch | None) -> bool:
+        """Whether ``run_over`` serves images like these: where nobody listens, or traces."""
+        return (
+            self.downsample is None
+            and branch in (None, self.branch)
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and self.stored is None
+            and self._is_one(x)
+            and not _is_heard(self)
+            and not torch.compiler.is_compiling()
+        )
+
+    def run_over(self, x: Tensor) -> None:
+        """Leave the result in ``x``, a result of the block before."""
+        check_images(x, self.shapes[0].in_channels, self.weight1)
+        parts, masks = self._parts(x, (None, None))
+        _ops.packed_bottleneck_(x, parts, *masks)
 
 
 def _is_heard(module: nn.Module) -> bool:

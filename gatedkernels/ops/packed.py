@@ -169,6 +169,38 @@ def _packed_residual(
     return _residual(x, *weights, decided if mask is None else mask, stride), decided
 
 
+def _packed_bottleneck(
+    x: Tensor, parts: Sequence[Tensor | None], mask1: Tensor | None, mask2: Tensor | None, stride: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    own: list[Any] = list(parts)
+    weight1, bias1, weight2, bias2, weight3, bias3 = own[8:14]
+    hidden = len(bias1)
+
+    def decide(gate: Sequence[Any], images: Tensor) -> Tensor:
+        if gate[0] is None:
+            return torch.ones(len(x), hidden, dtype=torch.bool, device=x.device)
+        return channel_gate_reference(images, *gate)
+
+    decided1 = decide(own[:4], x)
+    open1 = spread(decided1 if mask1 is None else mask1, hidden)
+    h = masked(conv2d(x, weight1, bias1).relu(), open1)
+    decided2 = decide(own[4:8], h)
+    open2 = spread(decided2 if mask2 is None else mask2, hidden)
+    h = _packed_conv2d(h, weight2, bias2, open1, open2, None, hidden, stride, relu=True)
+    residual = x
+    if own[14] is not None:
+        residual = _packed_conv2d(x, own[14], own[15], None, None, None, len(bias3), stride, relu=False)
+    return _packed_conv2d(h, weight3, bias3, open2, None, residual, len(bias3), 1, relu=True), decided1, decided2
+
+
+def _packed_bottleneck_(
+    x: Tensor, parts: Sequence[Tensor | None], mask1: Tensor | None, mask2: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    y, *decided = _packed_bottleneck(x, parts, mask1, mask2, 1)
+    x.copy_(y)
+    return decided[0], decided[1]
+
+
 def _packed_pool(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
@@ -205,6 +237,8 @@ def _packed_network(
 DEFINITIONS: dict[str, Callable[..., Any]] = {
     "channel_gate": channel_gate_reference,
     "packed_block": _packed_block,
+    "packed_bottleneck": _packed_bottleneck,
+    "packed_bottleneck_": _packed_bottleneck_,
     "packed_conv2d": _packed_conv2d,
     "packed_network": _packed_network,
     "packed_pool": _packed_pool,
@@ -319,6 +353,21 @@ def _(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride)
 def _(x, *arguments):  # type: ignore[no-untyped-def]
     gate_bias2, bias2, stride = arguments[3], arguments[7], arguments[-1]
     return images_like(x, bias2.shape[0], stride), x.new_empty((x.shape[0], gate_bias2.shape[0]), dtype=torch.bool)
+
+
+@torch.library.register_fake("gatedkernels::packed_bottleneck")
+def _(x, parts, mask1, mask2, stride):  # type: ignore[no-untyped-def]
+    return images_like(x, parts[13].shape[0], stride), *_decided_like(x, parts)
+
+
+@torch.library.register_fake("gatedkernels::packed_bottleneck_")
+def _(x, parts, mask1, mask2):  # type: ignore[no-untyped-def]
+    return _decided_like(x, parts)
+
+
+def _decided_like(x, parts):  # type: ignore[no-untyped-def]
+    decisions = (parts[9 if parts[i] is None else i].shape[0] for i in (3, 7))
+    return tuple(x.new_empty((x.shape[0], many), dtype=torch.bool) for many in decisions)
 
 
 @torch.library.register_fake("gatedkernels::packed_pool")

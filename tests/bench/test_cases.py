@@ -30,7 +30,7 @@ def test_the_promised_cases_are_there():
     }
     assert {case.cache for case in COLD} == {"cold"} and 0 < len(COLD) < len(BLOCKS) / 3
     assert {case.dtype for case in (*BLOCKS, *COLD, *NETWORKS)} == {"float32"}
-    assert {case.dtype for group in ON_REQUEST for case in GROUPS[group]} == {"bfloat16"}
+    assert {case.dtype for group in ("block_bf16", "network_bf16") for case in GROUPS[group]} == {"bfloat16"}
     assert {case.operation for case in FUNCTIONALS} == {"gated_conv2d", "gated_block"}
 
 

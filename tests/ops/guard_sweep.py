@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import mmap
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -52,13 +53,17 @@ def guard(tensor: Tensor, at_end: bool) -> Tensor:
     return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
+def each(arguments: Iterable[Any], change: Callable[[Tensor], Any]) -> list[Any]:
+    """The arguments, tensors changed, those in lists too."""
+    return [change(a) if isinstance(a, Tensor) else each(a, change) if isinstance(a, list) else a for a in arguments]
+
+
 def check(name: str, *arguments: Any, results: int | None = None) -> None:
     """Call an operator on guarded tensors; elsewhere in memory the first ``results`` of its results are the same."""
     expected = getattr(ops, name)(*arguments)
     for at_end in (True, False):
-        shapes = [(tuple(a.shape), a.stride()) if isinstance(a, Tensor) else a for a in arguments]
-        print(name, "end" if at_end else "begin", *shapes, flush=True)
-        guarded = [guard(a, at_end) if isinstance(a, Tensor) else a for a in arguments]
+        print(name, "end" if at_end else "begin", *each(arguments, lambda a: (tuple(a.shape), a.stride())), flush=True)
+        guarded = each(arguments, lambda a, at_end=at_end: guard(a, at_end))
         actual = getattr(ops, name)(*guarded)
         both = ((r if isinstance(r, tuple) else (r,))[:results] for r in (actual, expected))
         for a, e in zip(*both, strict=True):
@@ -130,6 +135,19 @@ def check_blocks(n: int, c: int, k: int, h: int, w: int, stride: int, form: str,
             check("packed_block", *narrow[:-1], *own, mask, narrow[-1], stride)
 
 
+def check_bottlenecks(n: int, c: int, k: int, h: int, w: int, stride: int, form: str, density: float) -> None:
+    """The operator of a whole bottleneck."""
+    m = k + 30
+    x = torch.randn(n, c, h, w).contiguous(memory_format=FORMATS[form])
+    gates = [torch.randn(shape) for inputs in (c, m) for shape in ((3, inputs), (3,), (m, 3), (m,))]
+    shapes = ((m, c, 1, 1), (m,), (m, m, 3, 3), (m,), (k, m, 1, 1), (k,), (k, c, 1, 1), (k,))
+    weights = [torch.randn(shape) for shape in shapes]
+    weights = [t if i == 0 or t.ndim == 1 else pack_blocks(t) for i, t in enumerate(weights)]
+    masks = torch.rand(n, m) < density, torch.rand(n, m) < density
+    check("packed_bottleneck", x, [*gates, *weights], None, None, stride)
+    check("packed_bottleneck", x, [*[None] * 8, *weights], *masks, stride)
+
+
 def check_linears(n: int, c: int, k: int, tokens: int, density: float) -> None:
     """Linear layers with a width for every sample."""
     x, weight, bias = torch.randn(n, tokens, c), torch.randn(k, c), torch.randn(k)
@@ -171,6 +189,7 @@ def main() -> None:
             for side in (1, 3):
                 check_convolutions(n, c, k, h, w, side, stride, form, density)
             check_blocks(n, c, k, h, w, stride, form, density)
+            check_bottlenecks(n, c, k, h, w, stride, form, density)
             check_linears(n, c, k, h * w, density)
     for form, density in itertools.product(FORMATS, (0.5, 1.0)):
         check_widths_on_tiles(form, density)

@@ -103,6 +103,18 @@ def blocks(c: int, k: int, h: int, w: int, stride: int) -> None:
             check(f"{name} {case} {dtype}", y, exact)
 
 
+def bottlenecks(c: int, k: int, h: int, w: int, stride: int) -> None:
+    n, m, case = 3, k + 30, (c, k, h, w, stride)
+    mask1, mask2 = torch.rand(n, m) < 0.5, torch.rand(n, m) < 0.3
+    shapes = ((n, c, h, w), (m, c, 1, 1), (m,), (m, m, 3, 3), (m,), (k, m, 1, 1), (k,), (k, c, 1, 1), (k,))
+    x, w1, b1, w2, b2, w3, b3, ws, bs = tensors = [torch.randn(*shape) for shape in shapes]
+    wide = [t.double() for t in tensors]
+    hidden = where(mask2, conv2d(where(mask1, conv2d(*wide[:3]).relu()), *wide[3:5], stride, 1).relu())
+    exact = (conv2d(hidden, *wide[5:7]) + conv2d(wide[0], *wide[7:], stride)).relu()
+    parts = [*[None] * 8, w1, b1, pack_blocks(w2), b2, pack_blocks(w3), b3, pack_blocks(ws), bs]
+    check(f"packed_bottleneck {case}", ops.packed_bottleneck(x, parts, mask1, mask2, stride)[0], exact)
+
+
 def gates(c: int, k: int, h: int, w: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, *weights = (torch.randn(*s).to(dtype) for s in ((3, c, h, w), (19, c), (19,), (k, 19), (k,)))
@@ -155,6 +167,7 @@ def main() -> None:
         convolutions(*size, side, stride)
     for size, stride in itertools.product(SIZES, (1, 2)):
         blocks(*size, stride)
+        bottlenecks(*size, stride)
     for size in SIZES:
         gates(*size)
         stems(*size)

@@ -1,5 +1,6 @@
 """The operators of packed weights against plain PyTorch: what ``optimize`` runs."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -310,9 +311,16 @@ def test_definitions_serve_where_the_library_does_not(name: str, images):
         (pack_rows(weight), bias, pack_blocks(weight), bias, None, None),
         (pack_blocks(weight[:, :, :1, :1]), bias),
     )
+    bottleneck = [
+        *(torch.randn(shape) for inputs in (8, 2) for shape in ((6, inputs), (6,), (2, 6), (2,))),
+        torch.randn(2, 8, 1, 1), bias[:2], pack_blocks(weight[:2, :2]), bias[:2],
+        pack_blocks(weight[:, :2, :1, :1]), bias, None, None,
+    ]  # fmt: skip
     arguments = {
         "channel_gate": (x, torch.randn(6, 8), torch.randn(6), torch.randn(9, 6), torch.randn(9)),
         "packed_block": (x, pack_rows(weight), bias, pack_blocks(weight), bias, None, None, mask, x, 1),
+        "packed_bottleneck": (x, bottleneck, None, mask[:, :2], 1),
+        "packed_bottleneck_": (x.contiguous(memory_format=torch.channels_last), bottleneck, None, None),
         "packed_conv2d": (x, pack_blocks(weight), bias, mask, ~mask, x, 8, 1, True),
         "packed_network": (
             x, pack_stem(weight), bias, [1, 1, 1, 0],
@@ -327,7 +335,9 @@ def test_definitions_serve_where_the_library_does_not(name: str, images):
         ),
         "packed_stem": (x, pack_stem(weight), bias, 1, 1, True, True),
     }[name]  # fmt: skip
-    actual, expected = getattr(ops, name)(*arguments), DEFINITIONS[name](*arguments)
+    first, second = (copy.deepcopy(arguments) for _ in range(2))  # one of them writes into its images
+    actual, expected = getattr(ops, name)(*first), DEFINITIONS[name](*second)
+    torch.testing.assert_close(first[0], second[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     for one, other in zip(*((y if isinstance(y, tuple) else (y,)) for y in (actual, expected)), strict=True):
         assert one.stride() == other.stride()

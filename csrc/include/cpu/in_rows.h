@@ -3,6 +3,8 @@
 // A tile is R rows of P pixels times two vectors of output channels.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/bring.h"
 #include "cpu/numbers.h"
 #include "cpu/rows.h"
@@ -17,54 +19,66 @@ struct InRows {
   static constexpr int L = Numbers::kLanes;
   static constexpr int kPaired = Numbers::kPaired;
   static constexpr int kMostPixels = L == 16 ? 9 : 6;
+  static constexpr int kMostAlone = L == 16 ? 8 : 6;  // in tiles of one tap, whose registers are scarce
   static constexpr int kVectors = 2;
   static constexpr int kChain = Numbers::kChain;
   static constexpr int kLine = 64 / sizeof(Element);  // of the cache
 
-  template <int R, int P>
+  template <int R, int P, int V>
   struct Sums {
-    Vector<L> at[R][P][kVectors];
+    Vector<L> at[R][P][V];
   };
 
   // Where the weights of the input channels lie whose values share a lane.
   using Rows = const Element* const (&)[kPaired];
 
-  // One tap of the window for the pixels [From, To) of the rows that are inside the image.
-  template <int R, int P, int From, int To, bool Upper, bool Lower>
-  static GK_INLINE void tap(Sums<R, P>& sum, const Element* x, int64_t step, int64_t line, Rows weight,
+  // One tap of the window for the pixels [From, To) of the rows that are inside the image; Alone: the only one.
+  template <int R, int P, int V, int From, int To, bool Upper, bool Lower, bool Alone = false>
+  static GK_INLINE void tap(Sums<R, P, V>& sum, const Element* x, int64_t step, int64_t line, Rows weight,
                             int64_t offset) {
-    Operand w[kVectors];
+    Operand w[V];
     Numbers::load_weights(weight, offset, w);
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) pin(w[v]);
+    for (int v = 0; v < V; ++v) pin(w[v]);
 #pragma GCC unroll 2
     for (int i = Upper ? 0 : 1; i < (Lower ? 2 : 1); ++i) {
+      const Element* at = x;
 #pragma GCC unroll 16
       for (int p = From; p < To; ++p) {
-        Operand value = Numbers::spread(x + i * line + p * step);
+        Operand value;
+        if constexpr (Alone && P > 7) {
+          // Three to a pointer: else the compiler runs out of registers for their distances.
+          if ((p - From) % 3 == 0) {
+            at = p == From ? x + i * line + p * step : at + 3 * step;
+            asm("" : "+r"(at));
+          }
+          value = Numbers::spread(at + (p - From) % 3 * step);
+        } else {
+          value = Numbers::spread(x + i * line + p * step);
+        }
         pin(value);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) Numbers::multiply_add(sum.at[i][p][v], value, w[v]);
+        for (int v = 0; v < V; ++v) Numbers::multiply_add(sum.at[i][p][v], value, w[v]);
       }
     }
   }
 
-  template <int S, int R, int P, bool Upper, bool Lower>
-  static GK_INLINE void taps(Sums<R, P>& sum, const Element* x, int64_t pixel_step, int64_t step, int64_t line,
+  template <int S, int R, int P, int V, bool Upper, bool Lower>
+  static GK_INLINE void taps(Sums<R, P, V>& sum, const Element* x, int64_t pixel_step, int64_t step, int64_t line,
                              Rows weight, int64_t offset, bool left, bool right) {
     if constexpr (S == 1) {
-      tap<R, P, 0, P, Upper, Lower>(sum, x, step, line, weight, offset);
+      tap<R, P, V, 0, P, Upper, Lower, true>(sum, x, step, line, weight, offset);
     } else {
       if (left) {
-        tap<R, P, 1, P, Upper, Lower>(sum, x, step, line, weight, offset);
+        tap<R, P, V, 1, P, Upper, Lower>(sum, x, step, line, weight, offset);
       } else {
-        tap<R, P, 0, P, Upper, Lower>(sum, x, step, line, weight, offset);
+        tap<R, P, V, 0, P, Upper, Lower>(sum, x, step, line, weight, offset);
       }
-      tap<R, P, 0, P, Upper, Lower>(sum, x + pixel_step, step, line, weight, offset + kBlock);
+      tap<R, P, V, 0, P, Upper, Lower>(sum, x + pixel_step, step, line, weight, offset + kBlock);
       if (right) {
-        tap<R, P, 0, P - 1, Upper, Lower>(sum, x + 2 * pixel_step, step, line, weight, offset + 2 * kBlock);
+        tap<R, P, V, 0, P - 1, Upper, Lower>(sum, x + 2 * pixel_step, step, line, weight, offset + 2 * kBlock);
       } else {
-        tap<R, P, 0, P, Upper, Lower>(sum, x + 2 * pixel_step, step, line, weight, offset + 2 * kBlock);
+        tap<R, P, V, 0, P, Upper, Lower>(sum, x + 2 * pixel_step, step, line, weight, offset + 2 * kBlock);
       }
     }
   }
@@ -76,13 +90,13 @@ struct InRows {
   };
 
   // Unit: neighbouring output pixels read neighbouring values, or pairs of them.
-  template <int S, bool Unit, int R, int P>
+  template <int S, bool Unit, int R, int P, int V>
   static void tile(const Conv& conv, const Element* x, const int32_t* channels, int count, int lane, int row, int pixel,
                    Ahead ahead, bool cold, const Element* residual, Element* y) {
     const Geometry& g = conv.size;
     constexpr int kRow = S * S * kBlock;
     constexpr int kSoon = S == 1 ? 48 : 6;  // gathered rows start a new stream each: fetch this many ahead
-    const Element* weight = conv.weight + int64_t{lane / kBlock} * conv.C * kRow + lane % kBlock;
+    const Element* weight = conv.weight + int64_t{lane / kBlock - conv.first} * conv.C * kRow + lane % kBlock;
     const int64_t pixel_step = Unit ? kPaired : conv.pixel_step, line = conv.row_step;
     const int64_t step = Unit ? kPaired : pixel_step * g.stride;
     const Element* corner = x + input_row(g, row, 0) * line + (int64_t{pixel} * g.stride - S / 2) * pixel_step;
@@ -93,22 +107,22 @@ struct InRows {
     for (int i = 0; i < R; ++i) {
       const int64_t at = (int64_t{row + i} * g.OW + pixel) * conv.K + lane;
       for (int p = 0; p < P; ++p) {
-        for (int cache_line = 0; cache_line < kVectors * L; cache_line += kLine) {
+        for (int cache_line = 0; cache_line < V * L; cache_line += kLine) {
           __builtin_prefetch(y + at + p * conv.K + cache_line, 1);
           if (residual) __builtin_prefetch(residual + at + p * conv.K + cache_line);
         }
       }
     }
 
-    Vector<L> bias[kVectors] = {};
-    if (conv.bias) Numbers::load_pixel(conv.bias + lane, valid, bias);
-    Sums<R, P> sum;
+    Vector<L> bias[V] = {};
+    if (conv.bias) Numbers::load_pixel(conv.bias + lane - conv.first * kBlock, valid, bias);
+    Sums<R, P, V> sum;
 #pragma GCC unroll 2
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum.at[i][p][v] = bias[v];
+        for (int v = 0; v < V; ++v) sum.at[i][p][v] = bias[v];
       }
     }
 
@@ -118,42 +132,52 @@ struct InRows {
       lower[r] = R == 2 && inside(g, input_row(g, row + 1, r));
     }
     static constexpr Element kZeros[kRow] = {};
-    // One long chain of additions would lose digits: sums of some channels are added to the total at a time.
-    Sums<R, P> total = {};
+    const bool fetches = cold || ahead.from < ahead.to;
+    const auto multiply = [&](int j, auto fetching) __attribute__((always_inline)) {
+      const int channel = channels ? channels[j] : j;
+      const Element* in = corner + (conv.gathered ? channel : j / kPaired) * conv.channel_step;
+      const Element* rows[kPaired];
+      rows[0] = weight + channel * int64_t{kRow};
+      if constexpr (kPaired == 2) {
+        rows[1] = j + 1 < count ? weight + (channels ? channels[j + 1] : j + 1) * int64_t{kRow} : kZeros;
+      }
+      if (fetching && cold) {
+#pragma GCC unroll 2
+        for (int i = 0; i < kPaired; ++i) {
+          const int soon = j + i + kSoon < count ? j + i + kSoon : count - 1;
+          const Element* next = weight + (channels ? channels[soon] : soon) * int64_t{kRow};
+          bring(next, kRow);
+        }
+      }
+      if (fetching && j >= ahead.from && j < ahead.to) {
+#pragma GCC unroll 2
+        for (int i = 0; i < kPaired; ++i) bring(rows[i] + ahead.distance, kRow);
+      }
+      int64_t offset = 0;
+      for (int r = 0; r < S; ++r, in += line, offset += S * kBlock) {
+        if constexpr (R == 1) {
+          if (upper[r]) taps<S, R, P, V, true, false>(sum, in, pixel_step, step, line, rows, offset, left, right);
+        } else if (upper[r] && lower[r]) {
+          taps<S, R, P, V, true, true>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
+        } else if (upper[r]) {
+          taps<S, R, P, V, true, false>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
+        } else if (lower[r]) {
+          taps<S, R, P, V, false, true>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
+        }
+      }
+    };
+    // One long chain of additions would lose digits: sums of some channels are added to the total at a time. It stays
+    // in memory: the registers are for the sums and what they are made of.
+    Sums<R, P, V> total;
+    asm("" : "=m"(total));
     for (int from = 0; from < count; from += kChain) {
+      asm("" : "+m"(total));
       const int to = count - from > kChain ? from + kChain : count;
-      for (int j = from; j < to; j += kPaired) {
-        const int channel = channels ? channels[j] : j;
-        const Element* in = corner + (conv.gathered ? channel : j / kPaired) * conv.channel_step;
-        const Element* rows[kPaired];
-        rows[0] = weight + channel * int64_t{kRow};
-        if constexpr (kPaired == 2) {
-          rows[1] = j + 1 < count ? weight + (channels ? channels[j + 1] : j + 1) * int64_t{kRow} : kZeros;
-        }
-        if (cold) {
-#pragma GCC unroll 2
-          for (int i = 0; i < kPaired; ++i) {
-            const int soon = j + i + kSoon < count ? j + i + kSoon : count - 1;
-            const Element* next = weight + (channels ? channels[soon] : soon) * int64_t{kRow};
-            bring(next, kRow);
-          }
-        }
-        if (j >= ahead.from && j < ahead.to) {
-#pragma GCC unroll 2
-          for (int i = 0; i < kPaired; ++i) bring(rows[i] + ahead.distance, kRow);
-        }
-        int64_t offset = 0;
-        for (int r = 0; r < S; ++r, in += line, offset += S * kBlock) {
-          if constexpr (R == 1) {
-            if (upper[r]) taps<S, R, P, true, false>(sum, in, pixel_step, step, line, rows, offset, left, right);
-          } else if (upper[r] && lower[r]) {
-            taps<S, R, P, true, true>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
-          } else if (upper[r]) {
-            taps<S, R, P, true, false>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
-          } else if (lower[r]) {
-            taps<S, R, P, false, true>(sum, in, pixel_step, step, line * g.stride, rows, offset, left, right);
-          }
-        }
+      // Where little is multiplied for each channel, it counts what else is done for it.
+      if (S == 1 && !fetches) {
+        for (int j = from; j < to; j += kPaired) multiply(j, std::false_type());
+      } else {
+        for (int j = from; j < to; j += kPaired) multiply(j, std::true_type());
       }
       if (count > kChain) {
 #pragma GCC unroll 2
@@ -161,9 +185,10 @@ struct InRows {
 #pragma GCC unroll 16
           for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 2
-            for (int v = 0; v < kVectors; ++v) {
-              total.at[i][p][v] += sum.at[i][p][v];
-              sum.at[i][p][v] = to < count ? Vector<L>{} : total.at[i][p][v];
+            for (int v = 0; v < V; ++v) {
+              if (from) sum.at[i][p][v] += total.at[i][p][v];
+              total.at[i][p][v] = sum.at[i][p][v];
+              if (to < count) sum.at[i][p][v] = Vector<L>{};
             }
           }
         }
@@ -175,10 +200,10 @@ struct InRows {
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
         const int64_t at = (int64_t{row + i} * g.OW + pixel + p) * conv.K + lane;
-        Vector<L> skip[kVectors] = {};
+        Vector<L> skip[V] = {};
         if (residual) Numbers::load_pixel(residual + at, valid, skip);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < V; ++v) {
           skip[v] += sum.at[i][p][v];
           if (conv.relu) skip[v] = Numbers::relu(skip[v]);
         }
@@ -190,17 +215,20 @@ struct InRows {
   using Tile = void (*)(const Conv&, const Element*, const int32_t*, int, int, int, int, Ahead, bool, const Element*,
                         Element*);
 
-  template <int S, bool Unit, int R, int Most>
+  template <int S, bool Unit, int R, int Most, int V>
   static constexpr std::array<Tile, Most> table() {
     return []<int... P>(std::integer_sequence<int, P...>) {
-      return std::array<Tile, Most>{tile<S, Unit, R, P + 1>...};
+      return std::array<Tile, Most>{tile<S, Unit, R, P + 1, V>...};
     }(std::make_integer_sequence<int, Most>{});
   }
 
   template <int S, bool Unit, int R, int Most>
   static void walk(const Conv& conv, const Element* x, const int32_t* channels, int count, int block, int last,
                    int row, int end, const Element* residual, Element* y) {
-    static constexpr auto kTiles = table<S, Unit, R, Most>();
+    static constexpr auto kTiles = table<S, Unit, R, Most, kVectors>();
+    // Where a vector is half a block, and the last one is alone in it.
+    constexpr bool kHalves = S == 3 && L == 16 && kPaired == 1;
+    static constexpr auto kHalfTiles = table<S, Unit, R, Most, kHalves ? 1 : kVectors>();
     const RowCut cut(conv.size.OW, (conv.size.OW + Most - 1) / Most);
     const int lanes = last * kBlock < conv.K ? last * kBlock : conv.K;
     const int blocks = (conv.K + kBlock - 1) / kBlock;
@@ -217,7 +245,8 @@ struct InRows {
           ahead = {int64_t{further} * conv.C * S * S * kBlock, count * done / all, count * (done + 1) / all};
         }
         for (int lane = block * kBlock; lane < lanes; lane += kVectors * L) {
-          kTiles[width - 1](conv, x, channels, count, lane, oy, pixel, ahead, cold, residual, y);
+          const bool half = kHalves && lanes - lane <= L;
+          (half ? kHalfTiles : kTiles)[width - 1](conv, x, channels, count, lane, oy, pixel, ahead, cold, residual, y);
         }
         pixel += width;
         cold = false;
@@ -235,7 +264,8 @@ struct InRows {
       walk<S, Unit, 2, kNarrow>(conv, x, channels, count, block, last, row, paired, residual, y);
     }
     if (paired < end) {
-      walk<S, Unit, 1, kMostPixels>(conv, x, channels, count, block, last, paired, end, residual, y);
+      constexpr int kMost = S == 1 ? kMostAlone : kMostPixels;
+      walk<S, Unit, 1, kMost>(conv, x, channels, count, block, last, paired, end, residual, y);
     }
   }
 

@@ -1,6 +1,7 @@
 // All kernels for L lanes.
 #pragma once
 
+#include "cpu/columns.h"
 #include "cpu/gate_rows.h"
 #include "cpu/grad_rows.h"
 #include "cpu/in_rows.h"
@@ -33,7 +34,8 @@ constexpr Kernels kernels_of(const char* name) {
           LinearRows<L>::gather_rows,
           LinearRows<L>::spread,
           GradRows<L>::run,
-          SpreadRows<L>::run};
+          SpreadRows<L>::run,
+          Columns<L>::gather};
 }
 
 }  // namespace gatedkernels

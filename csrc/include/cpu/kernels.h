@@ -38,6 +38,7 @@ struct InConvOf {
   bool gathered;  // the input holds all channels (step by the listed ones), or the listed ones only (step by position)
   bool relu;
   int turns = 0;  // after how many runs of as many blocks this thread will probably go on; 0: nobody knows
+  int first = 0;  // block that the weights and the bias begin with
 };
 
 using OutConv = OutConvOf<float>;
@@ -195,6 +196,10 @@ struct Kernels {
   // weights are those for in_rows, turned round.
   void (*spread_rows)(const InConv&, const float* planes, const int32_t* channels, int count, int block, int row,
                       int end, float* y);
+  // One block of 3 x 3 weights for in_rows, (count, 3, 3, kBlock), of listed inputs and of `many` listed outputs, which
+  // ascend, zeros behind them; from weights for in_rows of C inputs. Null inputs stand for 0, 1, …, count - 1.
+  void (*gather_columns)(const float* weight, int64_t C, const int32_t* inputs, int count, const int32_t* outputs,
+                         int many, float* block);
 };
 
 extern const Kernels kPortableKernels;

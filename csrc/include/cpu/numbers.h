@@ -31,16 +31,18 @@ struct Float32 {
 
   static GK_INLINE Operand spread_one(const float* from) { return spread(from); }
 
-  // Two vectors of weights, one for each output channel, of one input channel.
-  static GK_INLINE void load_weights(const float* const (&row)[1], int64_t offset, Operand (&w)[2]) {
-    w[0] = load(row[0] + offset);
-    w[1] = load(row[0] + offset + L);
+  // Vectors of weights, one for each output channel, of one input channel.
+  template <int V>
+  static GK_INLINE void load_weights(const float* const (&row)[1], int64_t offset, Operand (&w)[V]) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) w[v] = load(row[0] + offset + v * L);
   }
 
   // `count` adjacent values, in the lanes of multiply_add's sums; zeros in the lanes behind them.
-  static GK_INLINE void load_pixel(const float* from, int count, Vector<L> (&v)[2]) {
+  template <int V>
+  static GK_INLINE void load_pixel(const float* from, int count, Vector<L> (&v)[V]) {
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i, from += L, count -= L) {
+    for (int i = 0; i < V; ++i, from += L, count -= L) {
       if (count >= L) {
         v[i] = load(from);
       } else if (count > 0) {
@@ -51,9 +53,10 @@ struct Float32 {
     }
   }
 
-  static GK_INLINE void store_pixel(float* to, int count, const Vector<L> (&v)[2]) {
+  template <int V>
+  static GK_INLINE void store_pixel(float* to, int count, const Vector<L> (&v)[V]) {
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i, to += L, count -= L) {
+    for (int i = 0; i < V; ++i, to += L, count -= L) {
       if (count >= L) {
         store<L>(to, v[i]);
       } else if (count > 0) {

@@ -218,7 +218,7 @@ def gated_block_training(
     tensors = x, weight1, bias1, weight2, bias2, mask, residual
     if torch.compiler.is_compiling() or not _are_plain(tensors):
         return torch.ops.gatedkernels.gated_block_kept.default(*tensors, stride, threshold)[0]
-    return _Called.apply(*tensors, stride, too_dense(threshold, mask))[0]  # type: ignore[no-untyped-call]
+    return _Called.apply(*tensors, stride, too_dense(threshold, mask))[0]
 
 
 def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
