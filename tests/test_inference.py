@@ -299,3 +299,35 @@ def test_bottlenecks_write_over_each_others_results_only():
     assert all(torch.equal(result, then) for result, then in seen)
     assert torch.equal(x, before)
     torch.testing.assert_close(y, model(x), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_bottlenecks_leave_what_a_hook_on_a_convolution_has_seen():
+    model = lively(GatedResNet(GatedBottleneck, (3, 2, 1, 2), stem="cifar", width=0.125, num_classes=None))
+    x = torch.randn(3, 3, 20, 20)
+    fast = gk.optimize(model, x)
+    y, seen = fast(x), []
+    for block in list(fast.blocks().values())[::2]:
+        block.conv3.register_forward_hook(lambda module, args, result: seen.append((result, result.clone())))
+    torch.testing.assert_close(fast(x), y)
+    assert len(seen) == 4
+    assert all(torch.equal(result, then) for result, then in seen)
+
+
+@torch.no_grad()
+def test_a_replaced_part_of_a_bottleneck_is_called():
+    class Doubled(nn.Module):
+        def __init__(self, conv: nn.Module) -> None:
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, *args, **kwargs):
+            return 2 * self.conv(*args, **kwargs)
+
+    model = lively(GatedResNet(GatedBottleneck, (2, 1), stem="cifar", width=0.125, num_classes=None))
+    x = torch.randn(2, 3, 12, 12)
+    for name in ("conv2", "conv3", "downsample"):
+        fast = gk.optimize(model, x)
+        before, block = fast(x), fast.layer1[0]
+        setattr(block, name, Doubled(getattr(block, name)).eval())
+        assert not torch.allclose(fast(x), before)

@@ -71,7 +71,8 @@ class _Penalty(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply each parameter by twice its weight."""
         scale = 2 * ctx.weight * gradient
-        return None, None, *(_times(scale, parameter, ctx.strength) for parameter in ctx.saved_tensors)
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(_times(scale, parameter, ctx.strength) if wants else None for parameter, wants in wanted)
 
 
 def _factors(parameter: Tensor, strength: float) -> Tensor | None:
@@ -86,11 +87,11 @@ def _factors(parameter: Tensor, strength: float) -> Tensor | None:
 def _weighted_squares(parameter: Tensor, strength: float) -> Tensor:
     factors = _factors(parameter, strength)
     if factors is None:
-        return torch.linalg.vector_norm(parameter, dtype=torch.float32).square()
+        return torch.linalg.vector_norm(parameter.float()).square()
     if parameter.ndim == 1:
         return parameter.float().square().dot(factors)
     rows = list(range(1, parameter.ndim))
-    return torch.linalg.vector_norm(parameter, dim=rows, dtype=torch.float32).square().dot(factors)
+    return torch.linalg.vector_norm(parameter.float(), dim=rows).square().dot(factors)
 
 
 def _times(scale: Tensor, parameter: Tensor, strength: float) -> Tensor:

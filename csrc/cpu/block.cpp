@@ -224,7 +224,7 @@ Tensor run_block(const Tensor& given_x, const Weights& weights1, const Weights& 
                  int64_t out_channels, const Plan& plan, const MaybeTensor& given_residual, int64_t stride,
                  const MaybeTensor& kept = std::nullopt, const Shortcut* shortcut = nullptr) {
   const Tensor x = channels_last(given_x);
-  const MaybeTensor residual = given_residual ? MaybeTensor(channels_last(*given_residual)) : given_residual;
+  const MaybeTensor residual = channels_last(given_residual);
   const Geometry size = geometry(x, 3, stride);
   Tensor y = empty({x.size(0), out_channels, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
   if (y.numel()) Block(x, residual, y, weights1, weights2, hidden, stride, plan, kept, shortcut).run();

@@ -266,7 +266,7 @@ Tensor block_and_shortcut_bf16(const Tensor& x, const Tensor& weight1, const Ten
   if (!run || (shortcut_weight && x.size(1) % 2)) return in_float32(given, mask, stride);
   const Plan plan(mask);
   const Tensor images = channels_last(x);
-  const MaybeTensor skip = residual ? MaybeTensor(channels_last(*residual)) : residual;
+  const MaybeTensor skip = channels_last(residual);
   const Geometry size = geometry(x, 3, stride);
   Tensor y = empty({x.size(0), bias2.size(0), size.OH, size.OW}, ScalarType::BFloat16, MemoryFormat::ChannelsLast);
   if (y.numel()) PairBlock(*run, given, images, skip, y, plan, stride).run();

@@ -360,18 +360,19 @@ void check_shapes(const BottleneckParts& parts, const Tensor& x, int64_t stride)
   check_float(*parts.weight1, 4);
   const int64_t hidden = parts.bias1->size(0), K = parts.bias3->size(0), C = x.size(1);
   STD_TORCH_CHECK(parts.weight1->numel() == hidden * C, "weight1 is packed as (M, C)");
-  STD_TORCH_CHECK(parts.weight2->size(0) == ceil_div(hidden, kBlock) && parts.weight2->size(1) == hidden &&
-                      parts.weight2->size(2) == 3 && parts.bias2->size(0) == hidden,
+  const auto packed = [](const Tensor& weight, int64_t outputs, int64_t inputs, int64_t taps) {
+    return weight.is_contiguous() && weight.dim() == 5 && weight.size(0) == ceil_div(outputs, kBlock) &&
+           weight.size(1) == inputs && weight.size(2) == taps && weight.size(3) == taps && weight.size(4) == kBlock;
+  };
+  STD_TORCH_CHECK(packed(*parts.weight2, hidden, hidden, 3) && parts.bias2->numel() == hidden,
                   "weight2 is packed as (M / 32, M, 3, 3, 32)");
-  STD_TORCH_CHECK(parts.weight3->size(0) == ceil_div(K, kBlock) && parts.weight3->size(1) == hidden &&
-                      parts.weight3->size(2) == 1,
-                  "weight3 is packed as (K / 32, M, 1, 1, 32)");
+  STD_TORCH_CHECK(packed(*parts.weight3, K, hidden, 1), "weight3 is packed as (K / 32, M, 1, 1, 32)");
   const MaybeTensor& shortcut = *parts.shortcut_weight;
   STD_TORCH_CHECK(shortcut.has_value() == parts.shortcut_bias->has_value(), "a shortcut has weights and a bias");
   STD_TORCH_CHECK(shortcut || (stride == 1 && K == C), "a block that changes the shape has a shortcut");
-  STD_TORCH_CHECK(!shortcut || (shortcut->is_contiguous() && shortcut->dim() == 5 && shortcut->size(1) == C &&
-                                shortcut->size(0) == ceil_div(K, kBlock) && shortcut->size(2) == 1),
-                  "the shortcut's weight is packed as (K / 32, C, 1, 1, 32)");
+  STD_TORCH_CHECK(!shortcut || packed(*shortcut, K, C, 1), "the shortcut's weight is packed as (K / 32, C, 1, 1, 32)");
+  const MaybeTensor& bias = *parts.shortcut_bias;
+  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == K), "the shortcut's bias is (K,)");
 }
 
 std::tuple<Tensor, Tensor> run_bottleneck(const Tensor& x, const std::vector<MaybeTensor>& tensors,
@@ -384,7 +385,8 @@ std::tuple<Tensor, Tensor> run_bottleneck(const Tensor& x, const std::vector<May
   // the sample's values, which come from afar, are read for the gate and the convolution one after the other.
   const MaybeTensor& layer = parts.gate1[0];
   const bool at_once = layer && (N < threads() || layer->numel() > x.numel() / std::max<int64_t>(N, 1));
-  BottleneckGate gate1(parts.gate1, mask1, N, hidden, at_once ? &x : nullptr), gate2(parts.gate2, mask2, N, hidden);
+  BottleneckGate gate1(parts.gate1, mask1, N, x.size(1), hidden, at_once ? &x : nullptr);
+  BottleneckGate gate2(parts.gate2, mask2, N, hidden, hidden);
   if (y.numel()) Bottleneck(parts, x, gate1, gate2, stride, y).run();
   return {gate1.decided, gate2.decided};
 }

@@ -54,9 +54,12 @@ struct OpenChannels {
 // A gate, from the mean of every channel.
 class Decider {
  public:
-  explicit Decider(const MaybeTensor* layers) : layers_(layers) {
-    for (int i = 0; i < 4; ++i) check_float(*layers[i], i % 2 ? 1 : 2);
-    STD_TORCH_CHECK(decisions() == layers[2]->size(0) && layers[2]->size(1) == layers[0]->size(0) &&
+  Decider(const MaybeTensor* layers, int64_t inputs) : layers_(layers) {
+    for (int i = 0; i < 4; ++i) {
+      check_float(*layers[i], i % 2 ? 1 : 2);
+      STD_TORCH_CHECK(layers[i]->is_contiguous(), "the gate's weights are contiguous");
+    }
+    STD_TORCH_CHECK(layers[0]->size(1) == inputs && decisions() == layers[2]->size(0) && layers[2]->size(1) == layers[0]->size(0) &&
                         layers[0]->size(0) == layers[1]->size(0),
                     "the gate's weights are (M, C) and (K, M)");
   }
@@ -83,16 +86,17 @@ struct BottleneckGate {
   OpenChannels open;
   bool known;  // because the mask is given, or there is no gate
 
-  // With images it decides at once, for all samples together.
-  BottleneckGate(const MaybeTensor* layers, const MaybeTensor& given, int64_t N, int64_t channels,
+  // It decides from the means of `inputs` channels; with images at once, for all samples together.
+  BottleneckGate(const MaybeTensor* layers, const MaybeTensor& given, int64_t N, int64_t inputs, int64_t channels,
                  const Tensor* images = nullptr)
-      : decider(*layers && !images ? std::optional<Decider>(layers) : std::nullopt),
+      : decider(*layers && !images ? std::optional<Decider>(std::in_place, layers, inputs) : std::nullopt),
         decided(images ? channel_gate(*images, *layers[0], *layers[1], *layers[2], *layers[3])
                        : empty({N, decider ? decider->decisions() : channels}, ScalarType::Bool)),
         open(N, channels),
         known(given || !decider) {
     STD_TORCH_CHECK(decided.size(1) > 0 && channels % decided.size(1) == 0, "a gate decides about groups of channels");
-    if (!*layers) std::fill_n(decided.mutable_data_ptr<bool>(), decided.numel(), true);
+    // Without a gate everything is open; a gate's own decisions follow, if there is an image.
+    if (!images) std::fill_n(decided.mutable_data_ptr<bool>(), decided.numel(), true);
     if (!known) return;
     const Tensor mask = row_major(given ? *given : decided);
     const int64_t decisions = mask.size(1);
@@ -108,7 +112,7 @@ struct BottleneckGate {
     if (!known) open.set(n, mask, decided.size(1));
   }
 
-  // OpenChannels channels of a sample, or a guess.
+  // Open channels of a sample, or a guess.
   int64_t expected(int64_t n) const { return known ? open.count[n] : ceil_div(open.channels, 2); }
 };
 

@@ -218,7 +218,7 @@ Tensor packed_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   check_float(x, 4), check_float(weight, 5);
   const std::optional<Plan> plan = in_mask ? std::optional<Plan>(*in_mask) : std::nullopt;
   const MaybeTensor open = row_major(out_mask);
-  const MaybeTensor residual = given_residual ? MaybeTensor(channels_last(*given_residual)) : given_residual;
+  const MaybeTensor residual = channels_last(given_residual);
   return run_in(x, floats(weight), floats(bias), out_channels, taps, plan ? &*plan : nullptr, true,
                 open ? open->const_data_ptr<bool>() : nullptr, residual, stride, relu);
 }

@@ -45,7 +45,7 @@ Tensor packed_conv2d_bf16(const Tensor& x, const Tensor& weight, const Tensor& b
   }
   const Bf16Kernels* run = bf16_kernels();
   if (run && x.size(1) % 2 == 0 && !in_mask && !out_mask) {
-    const MaybeTensor skip = residual ? MaybeTensor(channels_last(*residual)) : residual;
+    const MaybeTensor skip = channels_last(residual);
     return run_pairs(*run, channels_last(x), weight, bias, skip, out_channels, stride, relu);
   }
   auto wide = [](const Tensor& t) { return converted(t, ScalarType::Float); };

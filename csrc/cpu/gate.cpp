@@ -46,9 +46,9 @@ class Layer {
                    [](uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); });
   }
 
-  int64_t bytes() const { return K * C * static_cast<int64_t>(weight_.element_size()); }
+  int64_t bytes() const { return K * row_bytes(); }
 
-  void fetch(Share rows) const { bring(row(rows.begin), bytes() / K * rows.many()); }
+  void fetch(Share rows) const { bring(row(rows.begin), row_bytes() * rows.many()); }
 
   // Some rows for one sample, or all of them for `samples`.
   void run(Share rows, int64_t samples, const std::vector<float>& x, std::vector<float>& y) const {
@@ -64,7 +64,8 @@ class Layer {
 
  private:
   bool narrow() const { return weight_.scalar_type() == ScalarType::BFloat16; }
-  const uint8_t* row(int64_t k) const { return static_cast<const uint8_t*>(weight_.const_data_ptr()) + bytes() / K * k; }
+  int64_t row_bytes() const { return C * weight_.element_size(); }
+  const uint8_t* row(int64_t k) const { return static_cast<const uint8_t*>(weight_.const_data_ptr()) + row_bytes() * k; }
 
   const Tensor& weight_;
   std::vector<float> bias_;

@@ -80,7 +80,16 @@ class Tensor {
   int64_t size(int64_t d) const { return sizes_[checked(d)]; }
   int64_t stride(int64_t d) const { return strides_[checked(d)]; }
   ScalarType scalar_type() const { return dtype_; }
-  int64_t element_size() const { return dtype_ == ScalarType::Bool ? 1 : dtype_ == ScalarType::BFloat16 ? 2 : 4; }
+  int64_t element_size() const {
+    switch (dtype_) {
+      case ScalarType::Bool: return 1;
+      case ScalarType::BFloat16: return 2;
+      case ScalarType::Float:
+      case ScalarType::Int: return 4;
+      case ScalarType::Long: return 8;
+      default: STD_TORCH_CHECK(false, "no kernel takes elements of this dtype"); return 0;
+    }
+  }
 
   int64_t numel() const {
     int64_t product = 1;
@@ -178,7 +187,9 @@ struct ToImpl<std::optional<gatedkernels::Tensor>> {
 template <>
 struct FromImpl<gatedkernels::Tensor> {
   // The caller's copy.
-  static StableIValue call(gatedkernels::Tensor& value, uint64_t, bool) { return torch::stable::detail::from(value.release()); }
+  static StableIValue call(gatedkernels::Tensor& value, uint64_t, bool) {
+    return torch::stable::detail::from(value.release());
+  }
 };
 
 HIDDEN_NAMESPACE_END(torch, stable, detail)

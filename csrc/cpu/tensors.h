@@ -27,7 +27,7 @@ inline Tensor converted(const Tensor& t, ScalarType dtype) {
 }
 
 inline Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : library_contiguous(t); }
-inline MaybeTensor row_major(const MaybeTensor& t) { return t ? MaybeTensor(row_major(*t)) : t; }
+inline MaybeTensor row_major(const MaybeTensor& t) { return t ? MaybeTensor(row_major(*t)) : std::nullopt; }
 
 // Whether images, or filters, lie in memory as (N, H, W, C), whatever the strides of sizes of one.
 bool is_channels_last(const Tensor& t);
@@ -35,6 +35,7 @@ bool is_channels_last(const Tensor& t);
 MemoryFormat layout_like(const Tensor& x);
 Tensor in_layout(const Tensor& images, MemoryFormat format);
 inline Tensor channels_last(const Tensor& t) { return in_layout(t, MemoryFormat::ChannelsLast); }
+inline MaybeTensor channels_last(const MaybeTensor& t) { return t ? MaybeTensor(channels_last(*t)) : std::nullopt; }
 
 // Columns [begin, end) of (rows, columns) become rows, `step` floats apart: cache line by cache line of either side.
 void transpose(const float* from, float* to, int64_t rows, int64_t columns, int64_t begin, int64_t end, int64_t step);

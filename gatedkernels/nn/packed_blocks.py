@@ -236,8 +236,9 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, branch: Branch | None) ->
         if owned and isinstance(block, PackedBottleneck) and block.overwrites(x, branch):
             block.run_over(x)
             continue
+        # The operator's own: what a chain of convolutions returns may have been seen by who listens to the last one.
+        owned = isinstance(block, PackedBottleneck) and not _is_heard(block) and block.is_one(x)
         x, sums = block(x, branch), None
-        owned = isinstance(block, PackedBottleneck) and not _is_heard(block)
     return x
 
 
@@ -272,7 +273,7 @@ class PackedBottleneck(PackedResidual):
         brought = mask or (None, None)
         self._check(x, branch, brought)
         x = self._as_computed(x)
-        if self._is_one(x):
+        if self.is_one(x):
             y, mask1, mask2 = self._run(x, brought)
             y = self._as_stored(y)
             return (y, (_as_gate(mask1), _as_gate(mask2))) if return_gate else y
@@ -285,15 +286,17 @@ class PackedBottleneck(PackedResidual):
         y = self._as_stored(self.conv3(h, open2, residual=x if self.downsample is None else self.downsample(x)))
         return (y, (_as_gate(mask1), _as_gate(mask2))) if return_gate else y
 
-    def _is_one(self, x: Tensor) -> bool:
-        """Whether one operator does it all: in float32 on a CPU, where nobody listens to gates or convolutions."""
+    def is_one(self, x: Tensor) -> bool:
+        """Whether one operator does it all: in float32 on a CPU, where nobody listens to a part or has replaced it."""
         parts = [part for part in self._modules.values() if part is not None]
+        convs = [part for part in parts if isinstance(part, PackedConv2d)]
+        gates = [part for part in parts if type(part) is PackedGate]
         return (
             x.is_cpu
             and x.dtype == torch.float32
-            and self.conv2.is_packed
-            and all(part.is_packed and part.extra_padding == 0 for part in parts if isinstance(part, PackedConv2d))
-            and not any(isinstance(part, PackedCodebookGate) or _is_heard(part) for part in parts)
+            and len(convs) + len(gates) == len(parts)
+            and all(conv.is_packed and conv.extra_padding == 0 for conv in convs)
+            and not any(map(_is_heard, parts))
         )
 
     def _parts(self, x: Tensor, brought: tuple[Tensor | None, Tensor | None]) -> tuple[list[Any], list[Tensor | None]]:
@@ -306,7 +309,7 @@ class PackedBottleneck(PackedResidual):
                 parts += (None,) * len(_WEIGHTS)
             else:
                 parts += gate.layers()
-                masks[i] = None if gate.fixed is None else gate.fixed(len(x))
+                masks[i] = None if gate.fixed is None else gate.fixed(x.shape[0])
         parts += (self.weight1, self.bias1, self.conv2.weight, self.conv2.bias, self.conv3.weight, self.conv3.bias)
         parts += (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
         return parts, masks
@@ -328,7 +331,7 @@ class PackedBottleneck(PackedResidual):
             and branch in (None, self.branch)
             and x.is_contiguous(memory_format=torch.channels_last)
             and self.stored is None
-            and self._is_one(x)
+            and self.is_one(x)
             and not _is_heard(self)
             and not torch.compiler.is_compiling()
         )

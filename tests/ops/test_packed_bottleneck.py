@@ -107,19 +107,63 @@ def test_closed_channels_are_not_read():
     assert torch.equal(ops.packed_bottleneck(x, parts, *masks, 1)[0], y)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("n", [1, 5])
-def test_any_number_of_threads(threads: int, n: int):
-    x, parts = images(n, 100, 15, 15), make_parts(70, 100, 2)
+# Planes, channels, size and stride; the shortcut of the last but one has so many weights that all samples share them, the
+# last one has none.
+@pytest.mark.parametrize("size", [(70, 100, 15, 2), (130, 520, 5, 2), (40, 160, 9, 1)], ids=str)
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("n", [1, 5, 17])
+def test_any_number_of_threads(threads: int, n: int, size: tuple[int, ...]):
+    planes, channels, side, stride = size
+    x, parts = images(n, channels, side, side), make_parts(planes, channels, stride)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = ops.packed_bottleneck(x, parts, None, None, 2)
+        alone = ops.packed_bottleneck(x, parts, None, None, stride)
         torch.set_num_threads(threads)
-        for got, want in zip(ops.packed_bottleneck(x, parts, None, None, 2), alone, strict=True):
+        for got, want in zip(ops.packed_bottleneck(x, parts, None, None, stride), alone, strict=True):
             assert torch.equal(got, want)
+        if parts[-1] is None:
+            ops.packed_bottleneck_(x, parts, None, None)
+            assert torch.equal(x, alone[0])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_shortcut_of_many_weights(n: int, assert_within_budget):
+    x, parts = images(n, 520, 5, 4), no_gates(make_parts(130, 520, 2))
+    masks = torch.rand(n, 130) < 0.4, torch.rand(n, 130) < 0.4
+    exact = define(x.double(), wide(parts), *masks, 2)[0]
+    assert_within_budget(ops.packed_bottleneck(x, parts, *masks, 2)[0], exact, define(x, parts, *masks, 2)[0])
+
+
+@pytest.mark.parametrize(
+    ("at", "wrong", "match"),
+    [
+        (0, torch.randn(6, 21), "weights are"),
+        (4, torch.randn(6, 20), "weights are"),
+        (4, torch.randn(40, 6).T, "contiguous"),
+        (1, None, "two layers"),
+        (10, torch.randn(2, 40, 3, 1, 32), "weight2"),
+        (12, torch.randn(5, 40, 1, 1, 16), "weight3"),
+        (14, torch.randn(5, 20, 3, 3, 32), "shortcut"),
+        (15, torch.randn(159), "shortcut"),
+        (8, None, "three convolutions"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(at: int, wrong: Tensor | None, match: str):
+    x, parts = images(5, 20, 6, 6), make_parts(40, 20, 2)
+    ops.packed_bottleneck(x, parts, None, None, 2)
+    parts[at] = wrong
+    with pytest.raises(RuntimeError, match=match):
+        ops.packed_bottleneck(x, parts, None, None, 2)
+
+
+def test_only_images_that_can_hold_the_result_are_written_over():
+    with pytest.raises(RuntimeError, match="layout"):
+        ops.packed_bottleneck_(images(2, 20, 6, 6), make_parts(40, 20, 1), None, None)
+    with pytest.raises(RuntimeError, match="layout"):
+        ops.packed_bottleneck_(images(2, 160, 6, 6).contiguous(), make_parts(40, 160, 1), None, None)
 
 
 def test_schemas():

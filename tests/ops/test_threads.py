@@ -188,3 +188,18 @@ def test_a_gate_decides_alike_alone_and_in_a_batch():
         assert torch.equal(torch.ops.gatedkernels.channel_gate(x, *gate), expected)
         alone = [torch.ops.gatedkernels.channel_gate(image[None], *gate) for image in x]
         assert torch.equal(torch.cat(alone), expected)
+
+
+@pytest.mark.parametrize("active", [4, 6, 8, 10])
+def test_large_images_take_the_same_kernels_whatever_the_threads(active: int):
+    """Where tiles begin to pay depends on how many samples there are and on their size, not on the threads."""
+    x = torch.randn(3, 64, 32, 32).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64, 3, 3) / 24
+    packed = pack_rows(weight), torch.zeros(64), pack_blocks(weight), torch.zeros(64)
+    mask = torch.arange(64).expand(3, 64) % 64 < active
+    results = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        tiles = pack_tile_rows(weight), pack_tile_blocks(weight)
+        results.append(torch.ops.gatedkernels.packed_block(x, *packed, *tiles, mask, x, 1))
+    assert all(torch.equal(result, results[0]) for result in results)

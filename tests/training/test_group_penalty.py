@@ -25,6 +25,17 @@ def test_later_channels_decay_less(channels: int):
         torch.testing.assert_close(conv.bias.grad[k], weight * conv.bias.detach()[k])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_and_frozen_parameters(dtype: torch.dtype):
+    weight, frozen = torch.randn(16, 4, 3, 3).to(dtype).requires_grad_(), torch.randn(8).to(dtype)
+    penalty = group_penalty([weight, frozen], 0.5, 0.05)
+    assert penalty.dtype == torch.float32
+    penalty.backward()
+    assert frozen.grad is None
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[:2], weight.detach()[:2])
+
+
 def test_linear_weights_decay_alike():
     weight = torch.randn(16, 4, requires_grad=True)
     group_penalty([weight], 0.5, 0.05).backward()
