@@ -105,6 +105,8 @@ def main() -> None:
         before, after = (statistics.median(side) for side in zip(*times, strict=True))
         ratio = statistics.median(old / new for old, new in times)
         print(f"{case}: {before:.3f} ms before, {after:.3f} after, ratio {ratio:.3f}", flush=True)
+    for process in both:
+        process.communicate()  # at the end of its input it goes
     return None
 
 
