@@ -324,7 +324,7 @@ def test_a_replaced_part_of_a_bottleneck_is_called():
         def forward(self, *args, **kwargs):
             return 2 * self.conv(*args, **kwargs)
 
-    model = lively(GatedResNet(GatedBottleneck, (2, 1), stem="cifar", width=0.125, num_classes=None))
+    model = lively(GatedResNet(GatedBottleneck, (2, 1, 1, 1), stem="cifar", width=0.125, num_classes=None))
     x = torch.randn(2, 3, 12, 12)
     for name in ("conv2", "conv3", "downsample"):
         fast = gk.optimize(model, x)

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "gate.h"
+#include "gate_layers.h"
 
 namespace gatedkernels {
 
@@ -51,37 +52,9 @@ struct OpenChannels {
   const int32_t* list(int64_t n) const { return index.data() + n * channels; }
 };
 
-// A gate, from the mean of every channel.
-class Decider {
- public:
-  Decider(const MaybeTensor* layers, int64_t inputs) : layers_(layers) {
-    for (int i = 0; i < 4; ++i) {
-      check_float(*layers[i], i % 2 ? 1 : 2);
-      STD_TORCH_CHECK(layers[i]->is_contiguous(), "the gate's weights are contiguous");
-    }
-    STD_TORCH_CHECK(layers[0]->size(1) == inputs && decisions() == layers[2]->size(0) && layers[2]->size(1) == layers[0]->size(0) &&
-                        layers[0]->size(0) == layers[1]->size(0),
-                    "the gate's weights are (M, C) and (K, M)");
-  }
-
-  int64_t decisions() const { return layers_[3]->size(0); }
-
-  void decide(const std::vector<float>& mean, bool* open) const {
-    const int64_t C = layers_[0]->size(1), inner = layers_[0]->size(0), K = decisions();
-    std::vector<float> hidden(inner), logits(K);
-    kernels().linear(floats(layers_[0]), floats(layers_[1]), mean.data(), 1, C, inner, hidden.data());
-    for (float& value : hidden) value = std::max(value, 0.0f);
-    kernels().linear(floats(layers_[2]), floats(layers_[3]), hidden.data(), 1, inner, K, logits.data());
-    std::transform(logits.begin(), logits.end(), open, [](float logit) { return logit >= 0.0f; });
-  }
-
- private:
-  const MaybeTensor* layers_;
-};
-
 // One of the two gates of a block, and what is open behind it.
 struct BottleneckGate {
-  std::optional<Decider> decider;
+  std::optional<GateLayers> decider;
   Tensor decided;  // bool (N, decisions)
   OpenChannels open;
   bool known;  // because the mask is given, or there is no gate
@@ -89,7 +62,9 @@ struct BottleneckGate {
   // It decides from the means of `inputs` channels; with images at once, for all samples together.
   BottleneckGate(const MaybeTensor* layers, const MaybeTensor& given, int64_t N, int64_t inputs, int64_t channels,
                  const Tensor* images = nullptr)
-      : decider(*layers && !images ? std::optional<Decider>(std::in_place, layers, inputs) : std::nullopt),
+      : decider(*layers && !images ? std::optional<GateLayers>(std::in_place, *layers[0], *layers[1], *layers[2],
+                                                               *layers[3], inputs)
+                                   : std::nullopt),
         decided(images ? channel_gate(*images, *layers[0], *layers[1], *layers[2], *layers[3])
                        : empty({N, decider ? decider->decisions() : channels}, ScalarType::Bool)),
         open(N, channels),
@@ -108,7 +83,9 @@ struct BottleneckGate {
 
   void decide(int64_t n, const std::vector<float>& mean) {
     bool* mask = decided.mutable_data_ptr<bool>() + n * decided.size(1);
-    decider->decide(mean, mask);
+    std::vector<float> hidden(decider->inner()), logits(decider->decisions());
+    decider->run_first(1, 0, 1, mean.data(), hidden.data());
+    decider->run_second(1, 0, 1, hidden.data(), logits.data(), mask);
     if (!known) open.set(n, mask, decided.size(1));
   }
 

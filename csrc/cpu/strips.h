@@ -63,8 +63,8 @@ inline bool out_tiles_pay(const TileGrid& grid, int32_t count) {
 }
 
 // The same for each vector of output channels, of `count` active input channels. Tiles are read and written at their
-// ends, in a burst, and large images of many samples are not near then: at least `image` floats of each sample. As measured with two threads; any
-// other number decides alike, or results would depend on it.
+// ends, in a burst, and large images of many samples are not near then: at least `image` floats of each sample. As
+// measured with two threads; any other number decides alike, or results would depend on it.
 inline bool in_tiles_pay(const TileGrid& grid, int32_t count, int64_t samples, int64_t image) {
   constexpr int64_t kFarFloats = 1 << 16;
   const int kFinish = samples > 2 && image >= kFarFloats ? 190 : 90;

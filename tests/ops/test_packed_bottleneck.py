@@ -142,7 +142,7 @@ def test_a_shortcut_of_many_weights(n: int, assert_within_budget):
     [
         (0, torch.randn(6, 21), "weights are"),
         (4, torch.randn(6, 20), "weights are"),
-        (4, torch.randn(40, 6).T, "contiguous"),
+        (4, torch.randn(40, 6).T, "layer of the gate"),
         (1, None, "two layers"),
         (10, torch.randn(2, 40, 3, 1, 32), "weight2"),
         (12, torch.randn(5, 40, 1, 1, 16), "weight3"),
