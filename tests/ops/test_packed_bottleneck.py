@@ -107,8 +107,8 @@ def test_closed_channels_are_not_read():
     assert torch.equal(ops.packed_bottleneck(x, parts, *masks, 1)[0], y)
 
 
-# Planes, channels, size and stride; the shortcut of the last but one has so many weights that all samples share them, the
-# last one has none.
+# Planes, channels, size and stride; the shortcut of the last but one has so many weights that all samples share them,
+# the last one has none.
 @pytest.mark.parametrize("size", [(70, 100, 15, 2), (130, 520, 5, 2), (40, 160, 9, 1)], ids=str)
 @pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize("n", [1, 5, 17])
