@@ -88,3 +88,7 @@ def __getattr__(name: str) -> Any:
     if name in {"models", "training"}:
         return import_module(f"gatedkernels.{name}")
     raise AttributeError(f"module 'gatedkernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -125,9 +125,12 @@ def optimize(model: nn.Module, example: Tensor, branch: Branch = "gated") -> nn.
         A module that computes the same from the same input, for evaluation only: ``train()`` raises.
 
     Raises:
+        TypeError: If the model is no module.
         ValueError: If the model is in training mode, holds nothing that is gated, or the branch does not exist.
     """
     check_branch(branch)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(module.training for module in model.modules()):
         raise ValueError("model must be in evaluation mode, got one in training: call model.eval() first")
     if any(isinstance(module, Packed) for module in model.modules()):

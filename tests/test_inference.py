@@ -331,3 +331,10 @@ def test_a_replaced_part_of_a_bottleneck_is_called():
         before, block = fast(x), fast.layer1[0]
         setattr(block, name, Doubled(getattr(block, name)).eval())
         assert not torch.allclose(fast(x), before)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor"):
+        gk.optimize(torch.randn(1, 3, 8, 8), nn.Identity())
+    with pytest.raises(TypeError, match="example must be a tensor of images, got tuple"):
+        gk.count_flops(gk.GatedConv2d(3, 4, 3).eval(), (1, 3, 8, 8))

@@ -172,6 +172,8 @@ def _active(channels: int, mask: Tensor | None, batch: int) -> Tensor:
 
 def _trace(model: nn.Module, example: Tensor, options: dict[str, Any]) -> tuple[list[ConvCost], dict[str, Tensor]]:
     """Run a model and return its costs, in the order of its modules, and the masks of its gates by key."""
+    if not isinstance(example, Tensor):
+        raise TypeError(f"example must be a tensor of images, got {type(example).__name__}")
     if example.shape[0] == 0:
         raise ValueError(f"example must hold at least one sample, got shape {tuple(example.shape)}")
     costs: dict[str, list[ConvCost]] = {}

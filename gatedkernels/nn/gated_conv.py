@@ -37,7 +37,7 @@ class GatedConv2d(nn.Conv2d):
         activation: Activation behind it, such as ``nn.ReLU()``.
 
     Raises:
-        ValueError: If a size is not positive, padding is a name, or ``group`` does not divide ``out_channels``.
+        ValueError: If a size, stride or dilation is not positive, padding is a name, or ``group`` does not divide ``out_channels``.
 
     Example:
         >>> import torch
@@ -71,6 +71,9 @@ class GatedConv2d(nn.Conv2d):
             raise ValueError(f"padding must be a number or a pair of numbers, got {padding!r}")
         if in_channels < 1:
             raise ValueError(f"in_channels must be positive, got {in_channels}")
+        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+            if min(value if isinstance(value, tuple) else (value,)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         check_group("out_channels", out_channels, group)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.group = group

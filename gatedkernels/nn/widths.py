@@ -142,12 +142,14 @@ def calibrate_norms(
 
     Args:
         net: A network with slimmable layers.
-        batches: Images (N, C, H, W), or tuples and lists that begin with them; gone through once for each width.
+        batches: Images (N, C, H, W), or tuples and lists that begin with them; a list or a loader, gone through once for
+            each width; an iterator serves several widths with a limit.
         widths: The widths to estimate for.
         limit: Use only so many batches; five of 1024 serve ImageNet.
         momentum: Of a running average; None: the average over all batches, each weighing the same.
 
     Raises:
+        TypeError: If batches are a tensor, or an iterator that the first width would exhaust, or widths no sequence.
         ValueError: If there are no batches or widths, a width is out of range, or nothing in the network has
             statistics.
 
@@ -157,8 +159,14 @@ def calibrate_norms(
     norms = [m for m in net.modules() if isinstance(m, SlimmableBatchNorm2d) and m.track_running_stats]
     if not norms:
         raise ValueError(f"net must hold a SlimmableBatchNorm2d with statistics, got {type(net).__name__} without")
+    if not isinstance(widths, Sequence):
+        raise TypeError(f"widths must be a sequence of widths, got {widths!r}")
     if not widths:
         raise ValueError("widths must hold at least one width, got none")
+    runs_dry = isinstance(batches, Iterator) and limit is None and len(widths) > 1
+    if isinstance(batches, Tensor) or runs_dry:
+        kind = type(batches).__name__
+        raise TypeError(f"batches must be a list or a loader of batches, read once for every width, got a {kind}")
     modes = [(module, module.training) for module in net.modules()]
     momenta = [norm.momentum for norm in norms]
     try:

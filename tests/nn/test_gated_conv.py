@@ -134,6 +134,8 @@ def test_flops():
     [
         ({"padding": "same"}, "padding must be a number or a pair of numbers, got 'same'"),
         ({"in_channels": 0}, "in_channels must be positive, got 0"),
+        ({"stride": 0}, "stride must be at least 1, got 0"),
+        ({"kernel_size": (3, 0)}, r"kernel_size must be at least 1, got \(3, 0\)"),
         ({"group": 5}, "out_channels must be a positive multiple of group=5, got 16"),
     ],
 )

@@ -329,6 +329,11 @@ def test_calibration_by_a_running_average():
 def test_calibration_errors(change: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         gk.calibrate_norms(**{"net": Small(), "batches": BATCHES, "widths": [0.5], **change})
+    with pytest.raises(TypeError, match=r"widths must be a sequence of widths, got 0\.5"):
+        gk.calibrate_norms(Small(), BATCHES, 0.5)
+    for batches, kind in ((BATCHES[0], "Tensor"), (iter(BATCHES), "list_iterator")):
+        with pytest.raises(TypeError, match=f"batches must be a list or a loader of batches, .* got a {kind}"):
+            gk.calibrate_norms(Small(), batches, [0.5, 1.0])
     with pytest.raises(TypeError, match="batches must yield tensors or begin with one, got str"):
         gk.calibrate_norms(Small(), ["no images"], [0.5])
 
