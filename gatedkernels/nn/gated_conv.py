@@ -37,7 +37,8 @@ class GatedConv2d(nn.Conv2d):
         activation: Activation behind it, such as ``nn.ReLU()``.
 
     Raises:
-        ValueError: If a size, stride or dilation is not positive, padding is a name, or ``group`` does not divide ``out_channels``.
+        ValueError: If a size, stride or dilation is not positive, padding is a name, or ``group`` does not divide
+            ``out_channels``.
 
     Example:
         >>> import torch

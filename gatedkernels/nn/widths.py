@@ -142,8 +142,8 @@ def calibrate_norms(
 
     Args:
         net: A network with slimmable layers.
-        batches: Images (N, C, H, W), or tuples and lists that begin with them; a list or a loader, gone through once for
-            each width; an iterator serves several widths with a limit.
+        batches: Images (N, C, H, W), or tuples and lists that begin with them: a list or a loader, gone through once
+            for each width; an iterator serves several widths with a limit.
         widths: The widths to estimate for.
         limit: Use only so many batches; five of 1024 serve ImageNet.
         momentum: Of a running average; None: the average over all batches, each weighing the same.
