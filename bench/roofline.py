@@ -19,10 +19,9 @@ import torch
 import gatedkernels as gk
 from bench.results import Results, latest
 from bench.runner import Cell
-from gatedkernels.nn import GatedBasicBlock
+from gatedkernels.nn import ChannelGate, GatedBasicBlock
 
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-_GATE_REDUCTION = 4  # of `GatedBasicBlock`'s gate
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def bound(facts: dict, kept: float, machine: Machine) -> Bound:
     operations = 4 * batch * channels * channels * inside * kept
     union = 1 - (1 - facts["density"]) ** batch
     weights, image = 18 * channels * channels * width, batch * channels * size * size * width
-    gate = 2 * channels * (channels // _GATE_REDUCTION) * 4
+    gate = 4 * sum(weight.numel() for weight in ChannelGate(channels, channels).parameters() if weight.ndim > 1)
     # The dense way runs in turn with ours, so that the cache holds half of either's; results are fetched and written.
     if 2 * (weights + 3 * image) <= machine.cache:
         return Bound(operations / machine.flops[facts["dtype"]], 0.0, 0.0, machine.call)

@@ -216,7 +216,7 @@ class Block {
   std::vector<uint8_t> tiled1_, tiled2_;  // whether a sample's convolution is computed on tiles
   Tensor memory_;
   float* planes_;
-  const uint64_t call_ = ThreadTiles::next_call();
+  const uint64_t call_ = next_call();
 };
 
 // kept: where the hidden activation's planes go, (N, hidden, pitch), if anybody wants them.

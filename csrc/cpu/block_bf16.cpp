@@ -238,7 +238,7 @@ class PairBlock {
   InConvOf<Bf16> conv2_, tiles2_, shortcut_;
   MaybeTensor skip_memory_;
   std::vector<uint8_t> tiled1_, tiled2_;  // whether a sample's convolution is computed on tiles
-  const uint64_t call_ = ThreadTiles::next_call();
+  const uint64_t call_ = next_call();
 };
 
 Tensor in_float32(const Given& given, const Tensor& mask, int64_t stride) {

@@ -40,27 +40,21 @@ class ThreadBlock {
     return block;
   }
 
-  static uint64_t next_call() {
-    static std::atomic<uint64_t> calls{0};
-    return ++calls;
-  }
-
   // Whether they are not those of this sample's block yet; from now on they are.
   bool lacks(uint64_t call, int64_t sample, int64_t block, int64_t inputs) {
-    constexpr int64_t kLine = 16;
-    const auto floats = static_cast<size_t>(inputs * 9 * kBlock + kBlock + kLine);
-    if (memory_.size() < floats) memory_.resize(floats), call_ = 0;
-    bias = memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64 / sizeof(float);
+    bias = kept_.reserve(kBlock + inputs * 9 * kBlock);
     weight = bias + kBlock;
-    if (call == call_ && sample == sample_ && block == block_) return false;
-    call_ = call, sample_ = sample, block_ = block;
-    return true;
+    return kept_.lacks({call, sample, block});
   }
 
  private:
-  std::vector<float> memory_;
-  uint64_t call_ = 0;
-  int64_t sample_ = 0, block_ = 0;
+  struct Key {
+    uint64_t call;
+    int64_t sample, block;
+    bool operator==(const Key&) const = default;
+  };
+
+  KeptResult<Key> kept_;
 };
 
 // What is computed of a sample, each of it after all that stands before.
@@ -351,7 +345,7 @@ class Bottleneck {
   Tensor planes_, pixels_, sums_;  // what the first and the second convolution leave
   std::vector<Piece> queue_;
   std::unique_ptr<std::atomic<int32_t>[]> left_;  // pieces of every step of a sample
-  const uint64_t call_ = ThreadBlock::next_call();
+  const uint64_t call_ = next_call();
 };
 
 void check_shapes(const BottleneckParts& parts, const Tensor& x, int64_t stride) {

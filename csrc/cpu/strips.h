@@ -2,9 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <vector>
 
 #include "queue.h"
 
@@ -72,8 +70,7 @@ inline bool in_tiles_pay(const TileGrid& grid, int32_t count, int64_t samples, i
          (16.0 * count + kFinish) * grid.tiles() < count * taps_inside(grid.size);
 }
 
-// The components of the strip that the calling thread computed from last, and memory for the kernels beside them. It
-// outlives a call, so that its pages stay mapped.
+// The components of the strip that the calling thread computed from last, and memory for the kernels beside them.
 class ThreadTiles {
  public:
   float *components, *scratch;
@@ -83,38 +80,25 @@ class ThreadTiles {
     return tiles;
   }
 
-  // What a call is known by to its threads.
-  static uint64_t next_call() {
-    static std::atomic<uint64_t> calls{0};
-    return ++calls;
-  }
-
   void reserve(int64_t component_floats, int64_t scratch_floats) {
-    constexpr int64_t kLine = 16;
-    const auto floats = static_cast<size_t>(component_floats + scratch_floats + kLine);
-    if (memory_.size() < floats) memory_.resize(floats), holds_ = {};
-    components = memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64 / sizeof(float);
+    components = kept_.reserve(component_floats + scratch_floats);
     scratch = components + component_floats;
   }
 
   // Whether they are not those of this strip yet; from now on they are.
   bool lacks(uint64_t call, Stage stage, int32_t sample, Strip strip) {
-    const Holds wanted{call, stage, sample, strip.first};
-    if (wanted == holds_) return false;
-    holds_ = wanted;
-    return true;
+    return kept_.lacks({call, stage, sample, strip.first});
   }
 
  private:
-  struct Holds {
-    uint64_t call = 0;
-    Stage stage{};
-    int32_t sample = 0, first = 0;
-    bool operator==(const Holds&) const = default;
+  struct Key {
+    uint64_t call;
+    Stage stage;
+    int32_t sample, first;
+    bool operator==(const Key&) const = default;
   };
 
-  std::vector<float> memory_;
-  Holds holds_;
+  KeptResult<Key> kept_;
 };
 
 }  // namespace gatedkernels

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "cpu/kernels_bf16.h"
 #include "cpu/schedule.h"
+#include "kept.h"
 #include "tensor.h"
 
 namespace gatedkernels {
@@ -57,22 +57,6 @@ void in_order(int64_t total, const Item& item) {
   };
   run_in_order(total, threads(), parallel, item);
 }
-
-// Memory of at least so many floats that a thread keeps, so that it need not be mapped again at each call.
-class Kept {
- public:
-  float* reserve(int64_t floats) {
-    if (floats > size_) {
-      memory_.reset(new float[floats]);
-      size_ = floats;
-    }
-    return memory_.get();
-  }
-
- private:
-  std::unique_ptr<float[]> memory_;
-  int64_t size_ = 0;
-};
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
