@@ -46,6 +46,7 @@ from gatedkernels.ops.ragged import (  # noqa: E402
     switch_kernels,
 )
 from gatedkernels.ops.ragged.configurations import (  # noqa: E402
+    ARRIVED,
     GRADIENT_TILES,
     GROUPED_ROWS,
     SPLIT_MOST,
@@ -120,8 +121,8 @@ def conv(
         tile: The configuration.
         side: Of the window.
         stride: Between windows.
-        how: "" is a program for each tile, "scheduled" a list of tiles; "part" sums a part of a reduction, and "finish"
-            adds the parts up; "summed" leaves sums of pixels, of neighbours.
+        how: "" is a program for each tile, "scheduled" a list of tiles; "split" sums parts of a reduction, and adds
+            them up; "summed" leaves sums of pixels, of neighbours.
         daily: Whether it is compiled without ``--all``.
     """
     gradient, out, listed_inputs = kind.endswith("dx"), kind == "out", kind in ("in", "packed", "dx")
@@ -133,13 +134,12 @@ def conv(
     lists |= {"order", "lists"} if grouped and how != "summed" else set()
     lists |= {"tiles"} if how == "scheduled" else set()
     optional = {"bias", "residual", "gate", "sums", "in_index", "in_count", "out_index", "out_count", "order", "lists"}
-    optional |= {"tiles", "partial"}
-    split = how in ("part", "finish")
+    optional |= {"tiles", "partial", "arrived"}
+    split = {"partial": "*fp32", "arrived": "*i32"} if how == "split" else {}
+    left = {"sums": "*fp32"} if how == "summed" else {}
     spread, between = (stride, 1) if gradient else (1, stride)
     constants = {
-        **dict.fromkeys(
-            optional - tensors - lists - ({"partial"} if split else {"sums"} if how == "summed" else set())
-        ),
+        **dict.fromkeys(optional - tensors - lists - split.keys() - left.keys()),
         # Weights lie in rows of what is not listed: along the outputs where inputs are listed, else along the inputs.
         **({} if grouped else {"weight_stride_k" if listed_inputs else "weight_stride_c": 1}),
         **window(side, between),
@@ -155,16 +155,14 @@ def conv(
         "CHANNELS": tile.channels,
         "DEPTH": tile.depth,
         "SPLITS": SPLIT_MOST if split else 1,
-        "FINISH": how == "finish",
     }
     if kind != "dense" and not grouped:
         constants["shared"] = 1
-    pointers = {**dict.fromkeys(tensors, f"*{numbers}"), **dict.fromkeys(lists, "*i32")}
-    pointers |= {"partial": "*fp32"} if split else {"sums": "*fp32"} if how == "summed" else {}
+    pointers = {**dict.fromkeys(tensors, f"*{numbers}"), **dict.fromkeys(lists, "*i32"), **split, **left}
     tile_name = f"{tile.rows}x{tile.channels}x{tile.depth}"
     name = " ".join(filter(None, ["conv", kind, how, f"{side}x{side}/{stride}", numbers, tile_name]))
-    stages, rows = (1, 0) if how == "finish" else (tile.pipeline(listed_inputs), tile.rows)
-    return Case(name, kernels.ragged_conv_kernel, pointers, constants, tile.warps, stages, rows, daily)
+    stages = tile.pipeline(listed_inputs)
+    return Case(name, kernels.ragged_conv_kernel, pointers, constants, tile.warps, stages, tile.rows, daily)
 
 
 def weight_gradient(listed: str, numbers: str, tile: GradientTile, daily: bool = False) -> Case:
@@ -188,8 +186,8 @@ def weight_gradient(listed: str, numbers: str, tile: GradientTile, daily: bool =
 
 def gate(kind: str, numbers: str, size: str, tile: gates.GateTile) -> Case:
     """A gate of images, with its list ("lists") or with the number of its largest logit ("codes")."""
-    outputs = {"mask": "*i1", "index": "*i32", "count": "*i32", "codes": "*i32"}
-    kept = {"codes"} if kind == "codes" else outputs.keys() - {"codes"}
+    outputs = {"mask": "*i1", "index": "*i32", "count": "*i32", "codes": "*i32", "arrived": "*i32"}
+    kept = {"codes", "arrived"} if kind == "codes" else outputs.keys() - {"codes"}
     layers = dict.fromkeys(("weight1", "bias1", "weight2", "bias2"), "*fp32")
     constants = {
         **dict.fromkeys(outputs.keys() - kept),
@@ -197,6 +195,7 @@ def gate(kind: str, numbers: str, size: str, tile: gates.GateTile) -> Case:
         "x_stride_c": 1,
         "group": 1,
         "GROUP": 1,
+        "ARRIVED": ARRIVED,
     }
     pointers = {"x": f"*{numbers}", **layers, **{name: outputs[name] for name in kept}}
     return Case(f"gate {kind} {numbers}, {size}", gate_kernels.gate_kernel, pointers, constants, tile.warps, 3)
@@ -255,8 +254,9 @@ def cases(chip: str = "hopper") -> Iterator[Case]:
     yield from gate_cases()
     lists = {"index": "*i32", "count": "*i32"}
     yield Case(
-        "plan", plan_kernels.plan_kernel, {"mask": "*i1", **lists}, {"order": None, "CHUNK": plan_kernels.CHUNK}, 4, 3
-    )
+        "plan", plan_kernels.plan_kernel, {"mask": "*i1", **lists, "arrived": "*i32"},
+        {"order": None, "CHUNK": plan_kernels.CHUNK, "ARRIVED": ARRIVED}, 4, 3,
+    )  # fmt: skip
     yield from (schedule(listed) for listed in ("out", "in"))
     yield from similar_cases()
     for numbers, size in SIZES.items():
@@ -280,7 +280,7 @@ def convolutions(numbers: str, listed: list[Tile], whole: list[Tile], every_tile
             yield conv(kind, numbers, tile, daily=(brain and tile == tiles[-1]) or (numbers == "fp32" and every_tile))
         yield conv(kind, numbers, tiles[-1], side=1, daily=brain and kind == "out")
         yield conv(kind, numbers, listed[-1], how="scheduled", daily=brain)
-        yield from (conv(kind, numbers, tiles[-1], how=how, daily=brain) for how in ("part", "finish"))
+        yield conv(kind, numbers, tiles[-1], how="split", daily=brain)
     yield conv("out", numbers, listed[-1], stride=2, daily=brain)
     yield conv("dx", numbers, whole[-1], stride=2, daily=brain)
     yield from (conv(kind, numbers, whole[-1], daily=brain) for kind in ("dense", "packed", "dx"))

@@ -29,7 +29,7 @@ def code_gate_on_gpu(x: Tensor, *layers: Tensor) -> Tensor:
         return code_gate_reference(x, *layers)
     from gatedkernels.ops.channel_gate import launch  # importing the package imports no Triton
 
-    return launch.code_gate(x, layers)
+    return launch.code_gate(x, layers)[0]
 
 
 def _coded_residual(

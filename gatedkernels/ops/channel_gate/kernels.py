@@ -15,6 +15,7 @@ def gate_kernel(
     index,  # int32 (samples, decisions * group): the open channels first, or None
     count,  # int32 (samples,): how many channels are open; with index
     codes,  # int32 (samples,): the number of the largest logit, in place of all that; or None
+    arrived,  # int32 (ARRIVED,): filled with zeros, for the convolutions that are gated; or None
     samples,
     pixels,
     width,
@@ -33,8 +34,12 @@ def gate_kernel(
     HIDDEN: tl.constexpr,  # units of a step
     DECISIONS: tl.constexpr,  # at least so many as there are
     GROUP: tl.constexpr,  # at least so many as there are
+    ARRIVED: tl.constexpr,
 ):
     """One program some samples: pool, two layers, decide, list. Everything is in float32, its sums in one order."""
+    if arrived is not None:
+        if tl.program_id(0) == 0:
+            tl.store(arrived + tl.arange(0, ARRIVED), tl.zeros((ARRIVED,), tl.int32))
     sample = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
     present = sample < samples
     channel = tl.arange(0, CHANNELS)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gatedkernels.ops.channel_gate import kernels
 from gatedkernels.ops.channel_gate.configurations import gate_tile
-from gatedkernels.ops.ragged.launch import List
+from gatedkernels.ops.ragged.launch import ARRIVED, List
 
 Layers = Sequence[Tensor]  # weights and bias of the hidden layer and of the last one
 
@@ -32,19 +32,23 @@ def channel_gate(
     mask = torch.empty((samples, decisions), dtype=torch.bool, device=x.device)
     lists = List()
     if listed:
-        lists = List(
-            torch.empty((samples, decisions * group), dtype=torch.int32, device=x.device),
-            torch.empty(samples, dtype=torch.int32, device=x.device),
-        )
+        lists = List(_integers(x, samples, decisions * group), _integers(x, samples), _integers(x, ARRIVED))
     _launch(x, layers, group, area, mask, lists, None)
     return mask, lists
 
 
-def code_gate(x: Tensor, layers: Layers, area: int | None = None) -> Tensor:
-    """The number of every sample's largest logit, int32 (N,); arguments are those of `channel_gate`."""
-    codes = torch.empty(x.shape[0], dtype=torch.int32, device=x.device)
-    _launch(x, layers, 1, area, None, List(), codes)
-    return codes
+def code_gate(x: Tensor, layers: Layers, area: int | None = None) -> tuple[Tensor, Tensor]:
+    """The number of every sample's largest logit, int32 (N,), and the counters of a `List`.
+
+    Arguments are those of `channel_gate`.
+    """
+    codes, arrived = _integers(x, x.shape[0]), _integers(x, ARRIVED)
+    _launch(x, layers, 1, area, None, List(arrived=arrived), codes)
+    return codes, arrived
+
+
+def _integers(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32, device=x.device)
 
 
 def _launch(
@@ -58,9 +62,10 @@ def _launch(
     tile = gate_tile(samples, height * width, channels, hidden, decisions)
     with torch.cuda.device_of(x):
         kernels.gate_kernel[(triton.cdiv(samples, tile.samples),)](
-            x, weight1, bias1, weight2, bias2, mask, *lists, codes,
+            x, weight1, bias1, weight2, bias2, mask, lists.indices, lists.counts, codes, lists.arrived,
             samples, height * width, width, channels, hidden, decisions, group, area or height * width,
             x.stride(0), x.stride(2), x.stride(3), x.stride(1),
             SAMPLES=tile.samples, PIXELS=tile.pixels, CHANNELS=tile.channels, HIDDEN=tile.hidden,
-            DECISIONS=tile.decisions, GROUP=triton.next_power_of_2(group), num_warps=tile.warps,
+            DECISIONS=tile.decisions, GROUP=triton.next_power_of_2(group),
+            ARRIVED=ARRIVED, num_warps=tile.warps,
         )  # fmt: skip

@@ -25,15 +25,19 @@ def plan_kernel(
     order,  # int32 (samples,) and more: in which order they are grouped; None: as they are
     index,  # int32 (lists, channels): a permutation, the open channels first
     count,  # int32 (lists,): how many are open
+    arrived,  # int32 (ARRIVED,): filled with zeros, for the convolutions that the lists are for
     samples,
     channels,
     shared,  # neighbouring samples that share a list: their union
     stride_n,
     stride_c,
     CHUNK: tl.constexpr,
+    ARRIVED: tl.constexpr,
 ):
     """One program a list: count the open channels, then give every channel its place."""
     group = tl.program_id(0)
+    if group == 0:
+        tl.store(arrived + tl.arange(0, ARRIVED), tl.zeros((ARRIVED,), tl.int32))
     first = group * shared
     opened = 0
     for start in range(0, channels, CHUNK):

@@ -13,7 +13,7 @@ def _launch(mask: Tensor) -> tuple[Tensor, Tensor]:
     if mask.device.type == "cuda" and policy.triton_problem(mask.new_empty(0, dtype=torch.float32)) is None:
         from gatedkernels.ops.ragged import launch  # importing the package imports no Triton
 
-        indices, counts = launch.plan(mask)
+        indices, counts, _ = launch.plan(mask)
         assert indices is not None and counts is not None
         return indices, counts
     return plan_reference(mask)

@@ -50,7 +50,7 @@ class Configuration(NamedTuple):
 
     Attributes:
         tile: What one program computes.
-        splits: Parts of the reduction, whose sums a second launch adds up, always in the same order.
+        splits: Parts of the reduction, whose sums are added up always in the same order.
         programs: So many programs on a multiprocessor share a list of the tiles that have something to compute, none of
             them split; 0: a program for each tile that there can be.
     """
@@ -161,8 +161,10 @@ WIDE = 128
 SPLIT_PROGRAMS = 256
 SPLIT_MOST = 8
 SPLIT_STEPS = 8
-# A list of tiles costs a launch of its own: from so many tiles, and so many of them along the channels of a list, most
-# of which are not there where few channels are open.
+# How many tiles there may be whose parts are counted where the list of channels brings the counters along.
+ARRIVED = 512
+# A list of tiles: from so many tiles, and so many of them along the channels of a list, most of which are not there
+# where few channels are open. One that costs a launch of its own was not foreseen to gain more than that.
 SCHEDULED_TILES = 1024
 SCHEDULED_CHANNELS = 4
 # Warps that a multiprocessor's registers have room for, at 128 a thread.
@@ -215,12 +217,19 @@ def splits(shape: Shape, chosen: Tile) -> int:
     return 1 << max(most, 1).bit_length() - 1
 
 
-def configure(shape: Shape, capability: tuple[int, int]) -> Configuration:
-    """The shipped configuration of a convolution on a chip."""
+def configure(shape: Shape, capability: tuple[int, int], tiles_free: bool = False) -> Configuration:
+    """The shipped configuration of a convolution on a chip.
+
+    Args:
+        shape: What there is to compute.
+        capability: Of the chip.
+        tiles_free: A list of tiles costs no launch.
+    """
     sizes = shape.pixels, shape.in_channels, shape.out_channels, shape.size, shape.listed_outputs
     chosen = tile(*sizes, family(capability))
     scheduled = (
-        shape.packed
+        tiles_free
+        and shape.packed
         and shape.tiles(chosen) >= SCHEDULED_TILES
         and shape.out_channels >= SCHEDULED_CHANNELS * chosen.channels
     )
@@ -264,7 +273,7 @@ def schedules(chosen: Configuration, shape: Shape, capability: tuple[int, int]) 
     """Other ways through the tiles: split where they are few, from a list where lists decide how many there are."""
     others = [Configuration(chosen.tile)]
     for parts in (2, 4, 8):
-        if shape.tiles(chosen.tile) * parts <= 4 * SPLIT_PROGRAMS and shape.steps(chosen.tile) >= 2 * parts:
+        if shape.tiles(chosen.tile) * parts <= 2 * ARRIVED and shape.steps(chosen.tile) >= 2 * parts:
             others.append(Configuration(chosen.tile, parts))
     if shape.listed != "none":
         others += [Configuration(chosen.tile, 1, programs) for programs in (1, 2, 3, 4)]

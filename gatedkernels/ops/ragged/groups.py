@@ -39,7 +39,7 @@ class Similar(NamedTuple):
             shape: Of that convolution: its outputs are the listed channels, packed.
             chosen: Its configuration.
         """
-        index, count = self.lists
+        index, count = self.lists[:2]
         assert index is not None and count is not None
         tile, channels, groups = chosen.tile, index.shape[1], len(count)
         tiles = tile_numbers(shape, tile, count.device) if chosen.programs else None

@@ -72,10 +72,12 @@ def convolve_tile(
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
     SPLITS: tl.constexpr,
-    FINISH: tl.constexpr,
 ):
-    """One tile of pixels by listed output channels: reduce over taps and listed input channels, then finish."""
-    x, weight, bias, residual, gate, y, sums, partial = tensors
+    """One tile of pixels by listed output channels: reduce over taps and listed input channels, then finish.
+
+    Of the programs that reduce parts of a tile, whoever comes last adds up all parts, always in the same order.
+    """
+    x, weight, bias, residual, gate, y, sums, partial, arrived = tensors
     in_index, in_count, out_index, out_count, order, lists = sides
     samples, shared, height, width, in_channels, out_height, out_width, out_channels = sizes
     x_stride_n, x_stride_h, x_stride_w, weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s = strides[:7]
@@ -100,35 +102,36 @@ def convolve_tile(
     p = row % pixels // out_width
     q = row % pixels % out_width
 
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
-    # A part's sums lie as its tile has them: who finishes the tile has the same numbers in the same places.
-    within = tl.arange(0, ROWS)[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    parts = partial
+    ins = length(in_count, its_list, in_channels)
+    readable = ins
+    if PACKED_IN:
+        readable = rounded(ins)
+    # Taps run fastest: one slice of the input's channels serves them all before the next one is fetched.
+    steps = R * S * tl.cdiv(ins, DEPTH)
+    whole = R * S * (ins // DEPTH)
+    if not PACKED_OUT:
+        steps = tl.where(first < outs, steps, 0)
+    if order is not None:  # places are filled from the first one on: is there anybody in the tile's?
+        nobody = tl.load(order + group * shared + tl.min(row, 0) // pixels) >= samples
+        steps = tl.where(nobody, 0, steps)
+    start = 0
     if SPLITS > 1:
-        parts += tile.to(tl.int64) * (SPLITS * ROWS * CHANNELS)
-    if FINISH:
-        for other in tl.static_range(SPLITS):
-            total += tl.load(parts + other * (ROWS * CHANNELS) + within)
-    else:
-        ins = length(in_count, its_list, in_channels)
-        readable = ins
-        if PACKED_IN:
-            readable = rounded(ins)
-        # Taps run fastest: one slice of the input's channels serves them all before the next one is fetched.
-        steps = R * S * tl.cdiv(ins, DEPTH)
-        if not PACKED_OUT:
-            steps = tl.where(first < outs, steps, 0)
-        if order is not None:  # places are filled from the first one on: is there anybody in the tile's?
-            nobody = tl.load(order + group * shared + tl.min(row, 0) // pixels) >= samples
-            steps = tl.where(nobody, 0, steps)
-        start = 0
-        if SPLITS > 1:
-            share = tl.cdiv(steps, SPLITS)
-            start = split * share
-            steps = tl.minimum(start + share, steps)
-        x_rows = x + sample.to(tl.int64) * x_stride_n
-        weight_columns = weight + (channel // BLOCK).to(tl.int64) * weight_stride_k + channel % BLOCK
-        for step in range(start, steps):
+        share = tl.cdiv(steps, SPLITS)
+        start = split * share
+        steps = tl.minimum(start + share, steps)
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    x_rows = x + sample.to(tl.int64) * x_stride_n
+    weight_columns = weight + (channel // BLOCK).to(tl.int64) * weight_stride_k + channel % BLOCK
+    # A count is any number, and a load that ends there moves single numbers: where nothing says that zeros follow, whole
+    # slices are read without asking, and the last one by itself.
+    ALONE: tl.constexpr = in_count is not None and not PACKED_IN
+    for last in tl.static_range(2 if ALONE else 1):
+        begin = start
+        end = steps
+        if ALONE:
+            begin = tl.maximum(start, whole) if last else start
+            end = steps if last else tl.minimum(steps, whole)
+        for step in range(begin, end):
             tap = step % (R * S)
             k = step // (R * S) * DEPTH + tl.arange(0, DEPTH)
             r = tap // S
@@ -142,9 +145,13 @@ def convolve_tile(
             if SPREAD_W > 1:
                 inside &= w % SPREAD_W == 0
                 w //= SPREAD_W
-            inside &= (h < height) & (w < width)
+            inside = (inside & (h < height) & (w < width))[:, None]
+            there = listed[None, :]
+            if last or not ALONE:
+                inside &= (k < readable)[None, :]
+                there &= (k < ins)[:, None]
             at = x_rows + (h * x_stride_h + w * x_stride_w)
-            a = tl.load(at[:, None] + k[None, :], inside[:, None] & (k < readable)[None, :], other=0.0)
+            a = tl.load(at[:, None] + k[None, :], inside, other=0.0)
             row_of_weights = k
             if in_index is not None:
                 row_of_weights = tl.load(in_index + its_list.to(tl.int64) * in_channels + k, k < ins, other=0)
@@ -153,12 +160,23 @@ def convolve_tile(
                 s = S - 1 - s
             at_weight = weight_columns[None, :] + (row_of_weights * weight_stride_c)[:, None]
             at_weight += r * weight_stride_r + s * weight_stride_s
-            b = tl.load(at_weight, (k < ins)[:, None] & listed[None, :], other=0.0)
+            b = tl.load(at_weight, there, other=0.0)
             total = tl.dot(a, b, total, input_precision=PRECISION)
 
-    if SPLITS > 1 and not FINISH:
+    finishes = True
+    if SPLITS > 1:
+        # A part's sums lie as its tile has them: who finishes the tile has the same numbers in the same places.
+        within = tl.arange(0, ROWS)[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+        parts = partial + tile.to(tl.int64) * (SPLITS * ROWS * CHANNELS)
         tl.store(parts + split * (ROWS * CHANNELS) + within, total)
-    else:
+        tl.debug_barrier()  # all threads of the program have stored before one of them says so
+        finishes = tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if finishes:
+        if SPLITS > 1:
+            tl.store(arrived + tile, 0)  # as the next convolution finds it
+            total = tl.zeros((ROWS, CHANNELS), tl.float32)
+            for other in tl.static_range(SPLITS):
+                total += tl.load(parts + other * (ROWS * CHANNELS) + within)
         if bias is not None:
             total += tl.load(bias + channel, listed, other=0.0).to(tl.float32)[None, :]
         written = position if PACKED_OUT else channel
@@ -202,6 +220,7 @@ def ragged_conv_kernel(
     lists,  # int32 (groups,): the list of every group; None: the one of its number
     tiles,  # int32: from schedule_kernel; None: a program for each tile that there can be
     partial,  # float32 (tiles, SPLITS, ROWS, CHANNELS): sums of parts of the reduction; None: it is not split
+    arrived,  # int32 (tiles,): how many parts there are, with ``partial``; zeros, before and afterwards
     samples,
     shared,  # samples of a group, which share a list
     height,
@@ -240,10 +259,9 @@ def ragged_conv_kernel(
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
     SPLITS: tl.constexpr,  # parts of the reduction, the grid's second axis
-    FINISH: tl.constexpr,  # add the parts up and finish the tiles
 ):
     """Convolve tiles of pixels by listed output channels: one a program, or those of a list of tiles in turn."""
-    tensors = (x, weight, bias, residual, gate, y, sums, partial)
+    tensors = (x, weight, bias, residual, gate, y, sums, partial, arrived)
     sides = (in_index, in_count, out_index, out_count, order, lists)
     sizes = (samples, shared, height, width, in_channels, out_height, out_width, out_channels)
     strides = (
@@ -255,10 +273,10 @@ def ragged_conv_kernel(
             convolve_tile(
                 tl.load(tiles + 1 + scheduled), 0, tensors, sides, sizes, strides, R, S, STRIDE_H, STRIDE_W, PADDING_H,
                 PADDING_W, DILATION_H, DILATION_W, SPREAD_H, SPREAD_W, MIRRORED, RELU, PACKED_IN, PACKED_OUT, PRECISION,
-                BLOCK, ROWS, CHANNELS, DEPTH, SPLITS, FINISH,
+                BLOCK, ROWS, CHANNELS, DEPTH, SPLITS,
             )  # fmt: skip
     else:
-        if PACKED_OUT or (SPLITS > 1 and not FINISH):
+        if PACKED_OUT:
             row_tiles = tl.cdiv(shared * out_height * out_width, ROWS)
             group, _, first = place(tl.program_id(0), row_tiles, tl.cdiv(out_channels, CHANNELS), ROWS, CHANNELS)
             if lists is not None:
@@ -268,7 +286,7 @@ def ragged_conv_kernel(
         convolve_tile(
             tl.program_id(0), tl.program_id(1), tensors, sides, sizes, strides, R, S, STRIDE_H, STRIDE_W, PADDING_H,
             PADDING_W, DILATION_H, DILATION_W, SPREAD_H, SPREAD_W, MIRRORED, RELU, PACKED_IN, PACKED_OUT, PRECISION,
-            BLOCK, ROWS, CHANNELS, DEPTH, SPLITS, FINISH,
+            BLOCK, ROWS, CHANNELS, DEPTH, SPLITS,
         )  # fmt: skip
 
 

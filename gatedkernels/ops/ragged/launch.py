@@ -11,7 +11,14 @@ from torch import Tensor
 
 from gatedkernels.ops.plan import kernels as plan_kernels
 from gatedkernels.ops.ragged import gradient_kernels, kernels, measured, schedule_kernels
-from gatedkernels.ops.ragged.configurations import GRADIENT_PROGRAMS, GRADIENT_TILES, Configuration, Shape, Tile
+from gatedkernels.ops.ragged.configurations import (
+    ARRIVED,
+    GRADIENT_PROGRAMS,
+    GRADIENT_TILES,
+    Configuration,
+    Shape,
+    Tile,
+)
 
 STEP, SLOT = kernels.STEP.value, kernels.SLOT.value
 
@@ -22,10 +29,13 @@ class List(NamedTuple):
     Attributes:
         indices: Int32 (lists, channels), those that count first; None: 0, 1, 2, …
         counts: Int32 (lists,), how many count; None: all.
+        arrived: Int32 (``ARRIVED``,), zeros: in which convolutions whose reduction is split count its parts, and leave
+            zeros behind. What makes lists makes these; None: convolutions make their own, a launch more.
     """
 
     indices: Tensor | None = None
     counts: Tensor | None = None
+    arrived: Tensor | None = None
 
 
 ALL = List()
@@ -54,13 +64,15 @@ def plan(mask: Tensor, shared: int = 1, order: Tensor | None = None) -> List:
     lists = -(-samples // shared)
     index = mask.new_empty((lists, channels), dtype=torch.int32)
     count = mask.new_empty(lists, dtype=torch.int32)
+    arrived = mask.new_empty(ARRIVED, dtype=torch.int32)
     if lists:
         chunk = min(plan_kernels.CHUNK, max(triton.next_power_of_2(channels), 16))
         with torch.cuda.device_of(mask):
             plan_kernels.plan_kernel[(lists,)](
-                mask, order, index, count, samples, channels, shared, *mask.stride(), CHUNK=chunk, num_warps=4
-            )
-    return List(index, count)
+                mask, order, index, count, arrived, samples, channels, shared, *mask.stride(),
+                CHUNK=chunk, ARRIVED=ARRIVED, num_warps=4,
+            )  # fmt: skip
+    return List(index, count, arrived)
 
 
 def channels_dense(x: Tensor) -> Tensor:
@@ -155,6 +167,8 @@ def convolve(
         complete: Called before the launch: completes ``outs``, and returns the list of tiles if the configuration has
             one. None: ``outs`` is complete, and a launch of its own lists the tiles.
         configuration: Tile and schedule; None: what was measured for such a shape, else the shipped one.
+
+    One launch, but for a list of tiles, and for zeros to count parts in where no list brings them along.
     """
     samples, in_channels, height, width = x.shape
     _, out_channels, out_height, out_width = y.shape
@@ -175,7 +189,7 @@ def convolve(
 
     def run(chosen: Configuration) -> None:
         tile, count = chosen.tile, shape.tiles(chosen.tile)
-        tiles = partial = None
+        tiles = partial = arrived = None
         grid: tuple[int, ...] = (count, chosen.splits)
         if complete is not None:
             tiles = complete(shape, chosen)
@@ -185,22 +199,25 @@ def convolve(
             grid = (min(count, chosen.programs * multiprocessors(x.device)),)
         elif chosen.splits > 1:
             partial = x.new_empty((count, chosen.splits, tile.rows, tile.channels), dtype=torch.float32)
-        for finish in (False,) if partial is None else (False, True):
-            kernels.ragged_conv_kernel[grid[:1] if finish else grid](
-                x, weight, bias, residual, gate, y, sums, ins.indices, ins.counts, outs.indices, outs.counts, *groups,
-                tiles, partial, samples, shared, height, width, in_channels, out_height, out_width, out_channels,
-                x.stride(0), x.stride(2), x.stride(3), *weight.stride()[:4], y.stride(0), y.stride(2), y.stride(3),
-                *weight.shape[2:4], *stride, *padding, *dilation, *spread,
-                MIRRORED=mirrored, RELU=relu, PACKED_IN=packed_in, PACKED_OUT=packed_out, PRECISION=precision,
-                BLOCK=weight.shape[4] if weight.ndim == 5 else 1,
-                ROWS=tile.rows, CHANNELS=tile.channels, DEPTH=tile.depth, SPLITS=chosen.splits, FINISH=finish,
-                num_warps=tile.warps, num_stages=1 if finish else tile.pipeline(ins.indices is not None),
-            )  # fmt: skip
+            arrived = outs.arrived if ins.arrived is None else ins.arrived
+            if arrived is None or len(arrived) < count:
+                arrived = x.new_zeros(count, dtype=torch.int32)
+        kernels.ragged_conv_kernel[grid](
+            x, weight, bias, residual, gate, y, sums, ins.indices, ins.counts, outs.indices, outs.counts, *groups,
+            tiles, partial, arrived, samples, shared, height, width, in_channels, out_height, out_width, out_channels,
+            x.stride(0), x.stride(2), x.stride(3), *weight.stride()[:4], y.stride(0), y.stride(2), y.stride(3),
+            *weight.shape[2:4], *stride, *padding, *dilation, *spread,
+            MIRRORED=mirrored, RELU=relu, PACKED_IN=packed_in, PACKED_OUT=packed_out, PRECISION=precision,
+            BLOCK=weight.shape[4] if weight.ndim == 5 else 1,
+            ROWS=tile.rows, CHANNELS=tile.channels, DEPTH=tile.depth, SPLITS=chosen.splits,
+            num_warps=tile.warps, num_stages=tile.pipeline(ins.indices is not None),
+        )  # fmt: skip
 
     with torch.cuda.device_of(x):
         chosen = configuration
         if chosen is None:
-            chosen = choose(shape, x.device) if _chooser is None else _chooser(shape, run)
+            # Where something is to be completed anyway, that lists the tiles in passing.
+            chosen = choose(shape, x.device, complete is not None) if _chooser is None else _chooser(shape, run)
         run(chosen)
     return y
 
@@ -218,9 +235,9 @@ def set_chooser(chooser: Chooser | None) -> None:
 
 
 @lru_cache(maxsize=4096)
-def choose(shape: Shape, device: torch.device) -> Configuration:
-    """The configuration of a shape on a device: measured, else shipped."""
-    return measured.find(shape, device)
+def choose(shape: Shape, device: torch.device, tiles_free: bool = False) -> Configuration:
+    """The configuration of a shape on a device: measured, else shipped; see ``configurations.configure``."""
+    return measured.find(shape, device, tiles_free)
 
 
 def forget() -> None:

@@ -28,10 +28,10 @@ def machine(device: torch.device) -> str:
     return f"{name}, triton {triton.__version__}, torch {torch.__version__}, gatedkernels {version()}"
 
 
-def find(shape: Shape, device: torch.device) -> Configuration:
+def find(shape: Shape, device: torch.device, tiles_free: bool = False) -> Configuration:
     """The measured configuration of a shape on a device, else the shipped one."""
     found = measured(machine(device)).get(shape.key())
-    return configure(shape, capability(device)) if found is None else found
+    return configure(shape, capability(device), tiles_free) if found is None else found
 
 
 @lru_cache

@@ -50,8 +50,8 @@ def packed_residual(
     """
     looked_at, area = (x, None) if sums is None else (sums, x.shape[2] * x.shape[3])
     decided, lists = channel_gate(looked_at, layers, len(bias1) // len(layers[3]), mask is None, area)
-    residual = _residual(x, shortcut_weight, shortcut_bias, stride)
     lists, opened = (lists, decided) if mask is None else (plan(mask), mask)
+    residual = _residual(x, shortcut_weight, shortcut_bias, stride, lists.arrived)
     y, left = _run(_block(weight1, bias1, weight2, bias2), x, lists, opened, residual, (stride, stride), summed)
     return y, decided, left
 
@@ -73,8 +73,9 @@ def packed_coded_residual(
 
     Three launches, or four where images are small and samples of one code share what is fetched.
     """
-    decided = code_gate(x, layers)
-    residual = _residual(x, shortcut_weight, shortcut_bias, stride)
+    decided, arrived = code_gate(x, layers)
+    lists = lists._replace(arrived=arrived)
+    residual = _residual(x, shortcut_weight, shortcut_bias, stride, arrived)
     block = _block(weight1, bias1, weight2, bias2)
     codes = decided if codes is None else codes
     shared = max(1, min(together(residual.shape[2] * residual.shape[3]), x.shape[0]))
@@ -107,13 +108,19 @@ def _run(
     return block.run(x, lists, residual, stride, summed=summed)
 
 
-def _residual(x: Tensor, weight: Tensor | None, bias: Tensor | None, stride: int) -> Tensor:
-    """What a block adds to its result: x, or the dense convolution of a shortcut from (⌈K / 32⌉, C, S, S, 32)."""
+def _residual(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stride: int, arrived: Tensor | None
+) -> Tensor:
+    """What a block adds to its result: x, or the dense convolution of a shortcut from (⌈K / 32⌉, C, S, S, 32).
+
+    ``arrived`` has counters for that, see `List`.
+    """
     if weight is None or bias is None:
         return x
     size = [(length - 1) // stride + 1 for length in x.shape[2:]]
     y = x.new_empty((x.shape[0], *size, len(bias))).permute(0, 3, 1, 2)
     padding = (weight.shape[2] // 2,) * 2
     return convolve(
-        channels_dense(x), weight, bias, y, stride=(stride, stride), padding=padding, shared=max(1, x.shape[0])
+        channels_dense(x), weight, bias, y, outs=List(arrived=arrived), stride=(stride, stride), padding=padding,
+        shared=max(1, x.shape[0]),
     )  # fmt: skip
