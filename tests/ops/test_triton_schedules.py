@@ -134,6 +134,30 @@ def test_split_sums_have_one_order(choose: Callable):
     assert torch.equal(*runs)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_who_comes_last_leaves_the_counters_as_they_were(packed: bool):
+    """They come with the list, or, of more tiles than these serve, from the convolution itself."""
+    from gatedkernels.ops.ragged import launch
+    from gatedkernels.ops.ragged.configurations import ARRIVED, Configuration, Tile
+
+    x, weight = randn(3, 20, 4, 4).contiguous(memory_format=torch.channels_last), randn(40, 20, 3, 3)
+    for counters in (ARRIVED, 4, None):
+        lists = launch.plan(draw(3, 40, 0.4))
+        assert torch.equal(lists.arrived, torch.zeros(ARRIVED, dtype=torch.int32, device=DEVICE))
+        lists = lists._replace(arrived=None if counters is None else lists.arrived[:counters].clone())
+        found = []
+        for splits in (1, 4, 4):
+            y = launch.packed_like(x, 40, 4, 4).zero_()
+            launch.convolve(
+                x, weight, None, y, outs=lists, padding=(1, 1), packed_out=packed,
+                configuration=Configuration(Tile(16, 32, 16, 4, 2), splits),
+            )  # fmt: skip
+            found.append(y)
+            assert counters is None or not lists.arrived.any()
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(found[1], found[2])
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("way", ["scheduled", "split"])
 def test_infinity_stays_where_it_is(choose: Callable, way: str):
@@ -147,41 +171,37 @@ def test_infinity_stays_where_it_is(choose: Callable, way: str):
 
 
 def test_shipped_configurations_are_used(monkeypatch: pytest.MonkeyPatch):
-    """A small image splits the reduction, a large batch of wide layers has a list of tiles."""
+    """A small image splits the reduction; a large batch of wide layers has a list of tiles where that comes along."""
     from gatedkernels.ops.ragged import launch
 
     launched = []
 
     class Recorder:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *tensors, **constants: launched.append((grid, constants["SPLITS"], constants["FINISH"]))
-
-    class Nothing:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *tensors, **constants: launched.append((grid, "schedule"))
+            return lambda *tensors, **constants: launched.append((grid, constants["SPLITS"]))
 
     monkeypatch.setattr(launch.kernels, "ragged_conv_kernel", Recorder())
-    monkeypatch.setattr(launch.schedule_kernels, "schedule_kernel", Nothing())
+    monkeypatch.setattr(launch.schedule_kernels, "schedule_kernel", None)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 100)
     launch.forget()
 
-    def convolve(samples: int, listed: bool) -> None:
+    def convolve(samples: int, listed: bool, complete: Callable | None = None) -> None:
         x = torch.empty(samples, 4, 4, 512, device=DEVICE, dtype=torch.float16).permute(0, 3, 1, 2)
         weight = torch.empty(512, 512, 3, 3, device=DEVICE, dtype=torch.float16)
         counts = torch.full((samples,), 100, dtype=torch.int32, device=DEVICE) if listed else None
         y = launch.packed_like(x, 512, 4, 4)
-        launch.convolve(x, weight, None, y, outs=launch.List(None, counts), padding=(1, 1), packed_out=listed)
+        outs = launch.List(None, counts)
+        launch.convolve(x, weight, None, y, outs=outs, padding=(1, 1), packed_out=listed, complete=complete)
 
     convolve(1, True)
-    assert launched == [((8, 8), 8, False), ((8,), 8, True)]
-    launched.clear()
     convolve(256, True)
-    (grid, what), ((programs,), *how) = launched
-    assert (grid, what, how) == ((256,), "schedule", [1, False])
-    assert programs in (200, 300, 400)  # on 100 multiprocessors, as many as a chip has room for
-    launched.clear()
     convolve(256, False)
-    assert launched == [((2048, 1), 1, False)]
+    assert launched == [((8, 8), 8), ((2048, 1), 1), ((2048, 1), 1)]
+    launched.clear()
+    completed = []
+    convolve(256, True, lambda shape, chosen: completed.append(chosen.programs))
+    assert launched == [((100 * completed[0],), 1)]
+    assert completed[0] in (2, 3, 4)  # as many as a chip has room for
 
 
 class Block(torch.nn.Module):

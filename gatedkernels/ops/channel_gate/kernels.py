@@ -37,10 +37,10 @@ def gate_kernel(
     ARRIVED: tl.constexpr,
 ):
     """One program some samples: pool, two layers, decide, list. Everything is in float32, its sums in one order."""
-    if arrived is not None:
-        if tl.program_id(0) == 0:
-            tl.store(arrived + tl.arange(0, ARRIVED), tl.zeros((ARRIVED,), tl.int32))
-    sample = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
+    program = tl.program_id(0)
+    if arrived is not None and program == 0:
+        tl.store(arrived + tl.arange(0, ARRIVED), tl.zeros((ARRIVED,), tl.int32))
+    sample = program * SAMPLES + tl.arange(0, SAMPLES)
     present = sample < samples
     channel = tl.arange(0, CHANNELS)
     decision = tl.arange(0, DECISIONS)

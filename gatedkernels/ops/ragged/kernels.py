@@ -122,8 +122,8 @@ def convolve_tile(
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     x_rows = x + sample.to(tl.int64) * x_stride_n
     weight_columns = weight + (channel // BLOCK).to(tl.int64) * weight_stride_k + channel % BLOCK
-    # A count is any number, and a load that ends there moves single numbers: where nothing says that zeros follow, whole
-    # slices are read without asking, and the last one by itself.
+    # A count is any number, and a load that ends there moves single numbers: where nothing says that zeros follow,
+    # whole slices are read without asking, and the last one by itself.
     ALONE: tl.constexpr = in_count is not None and not PACKED_IN
     for last in tl.static_range(2 if ALONE else 1):
         begin = start
@@ -175,7 +175,7 @@ def convolve_tile(
         if SPLITS > 1:
             tl.store(arrived + tile, 0)  # as the next convolution finds it
             total = tl.zeros((ROWS, CHANNELS), tl.float32)
-            for other in tl.static_range(SPLITS):
+            for other in range(SPLITS):  # not unrolled here: all parts of a large tile are more than registers hold
                 total += tl.load(parts + other * (ROWS * CHANNELS) + within)
         if bias is not None:
             total += tl.load(bias + channel, listed, other=0.0).to(tl.float32)[None, :]

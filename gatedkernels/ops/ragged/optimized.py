@@ -108,9 +108,7 @@ def _run(
     return block.run(x, lists, residual, stride, summed=summed)
 
 
-def _residual(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, stride: int, arrived: Tensor | None
-) -> Tensor:
+def _residual(x: Tensor, weight: Tensor | None, bias: Tensor | None, stride: int, arrived: Tensor | None) -> Tensor:
     """What a block adds to its result: x, or the dense convolution of a shortcut from (⌈K / 32⌉, C, S, S, 32).
 
     ``arrived`` has counters for that, see `List`.
