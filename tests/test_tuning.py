@@ -32,14 +32,22 @@ def test_an_unknown_chip_is_taken_for_one_of_little_memory():
     assert configurations.family((10, 0)) == "hopper"
 
 
+@pytest.mark.parametrize("capability", CHIPS.values())
+@pytest.mark.parametrize("groups", [1, 16, 256, 4096])
+def test_no_list_of_tiles_is_shipped_that_costs_a_launch(groups: int, capability: tuple[int, int]):
+    for shape in (SMALL, LARGE):
+        for packed in (True, False):
+            assert configure(shape._replace(groups=groups, packed=packed), capability).programs == 0
+
+
 def test_small_maps_are_split_and_large_batches_scheduled():
     assert configure(SMALL, (9, 0)).splits == 8
     assert configure(SMALL._replace(groups=16), (9, 0)).splits == 2
     assert configure(SMALL._replace(groups=64), (9, 0)) == Configuration(configure(SMALL, (9, 0)).tile)
-    programs = [configure(SMALL._replace(groups=256), capability).programs for capability in CHIPS.values()]
-    assert programs == [3, 3, 4]
-    assert configure(SMALL._replace(groups=256, pixels=784), (8, 0)).programs == 2
-    assert configure(LARGE, (9, 0))[1:] == (1, 0)
+    many = SMALL._replace(groups=256)
+    assert [configure(many, capability, tiles_free=True).programs for capability in CHIPS.values()] == [3, 3, 4]
+    assert configure(many._replace(pixels=784), (8, 0), tiles_free=True).programs == 2
+    assert configure(LARGE, (9, 0), tiles_free=True)[1:] == (1, 0)
     assert configure(SMALL._replace(in_channels=8, taps=1), (9, 0)).splits == 1  # nothing to split
 
 

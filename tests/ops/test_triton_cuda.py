@@ -49,7 +49,7 @@ def test_blocks_and_their_gradients(gradients: Callable, shape: tuple[int, int],
             assert error <= tolerance * norm, f"error {error:.3g} of {norm:.3g}"
 
 
-# Channels, size and batch for which the shipped schedules are the ordinary grid, a split reduction, a list of tiles.
+# Channels, size and batch for which the shipped schedules are the ordinary grid, a split reduction, and a large grid.
 SCHEDULED = ((64, 8, 4), (512, 4, 1), (512, 4, 256))
 
 

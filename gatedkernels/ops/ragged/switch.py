@@ -74,9 +74,9 @@ def gated_conv2d(
     chosen = sides(lists, channels, channels, threshold)
     window: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "flag": flag}
     # The gated side writes zeros where it lists nothing; the other one comes after it.
-    convolve(x, weight, bias, y, outs=List(lists.indices, chosen.gated_inner), **window)
+    convolve(x, weight, bias, y, outs=List(lists.indices, chosen.gated_inner, lists.arrived), **window)
     return convolve(
-        x, weight, bias, y, outs=List(None, chosen.dense_outer), gate=out_mask.contiguous(), packed_out=True,
+        x, weight, bias, y, outs=List(None, chosen.dense_outer, lists.arrived), gate=out_mask.contiguous(), packed_out=True,
         shared=max(1, x.shape[0]), **window,
     )  # fmt: skip
 
@@ -136,13 +136,30 @@ def run(
     sums = sums_like(y) if summed else None
     first: dict[str, Any] = {"stride": stride, "padding": (1, 1), "relu": True, "packed_out": True}
     second: dict[str, Any] = {"padding": (1, 1), "relu": True, "residual": residual, "packed_out": True, "sums": sums}
-    convolve(x, block.weight1, block.bias1, hidden, outs=List(lists.indices, chosen.gated_inner), **first)
     convolve(
-        x, block.weight1, block.bias1, hidden, outs=List(None, chosen.dense_inner), gate=gate, shared=together, **first
+        x, block.weight1, block.bias1, hidden, outs=List(lists.indices, chosen.gated_inner, lists.arrived), **first
     )
-    ins, outs = List(lists.indices, chosen.gated_inner), List(None, chosen.gated_outer)
+    convolve(
+        x,
+        block.weight1,
+        block.bias1,
+        hidden,
+        outs=List(None, chosen.dense_inner, lists.arrived),
+        gate=gate,
+        shared=together,
+        **first,
+    )
+    ins, outs = List(lists.indices, chosen.gated_inner, lists.arrived), List(None, chosen.gated_outer, lists.arrived)
     convolve(hidden, block.weight2, block.bias2, y, ins, outs, packed_in=True, **second)
     # Sums are of one sample each; without them all samples share a list.
     together = together if sums is None else 1
-    convolve(hidden, block.weight2, block.bias2, y, outs=List(None, chosen.dense_outer), shared=together, **second)
+    convolve(
+        hidden,
+        block.weight2,
+        block.bias2,
+        y,
+        outs=List(None, chosen.dense_outer, lists.arrived),
+        shared=together,
+        **second,
+    )
     return y, sums
