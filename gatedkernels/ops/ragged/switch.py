@@ -74,10 +74,10 @@ def gated_conv2d(
     chosen = sides(lists, channels, channels, threshold)
     window: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "flag": flag}
     # The gated side writes zeros where it lists nothing; the other one comes after it.
-    convolve(x, weight, bias, y, outs=List(lists.indices, chosen.gated_inner, lists.arrived), **window)
+    convolve(x, weight, bias, y, outs=lists._replace(counts=chosen.gated_inner), **window)
     return convolve(
-        x, weight, bias, y, outs=List(None, chosen.dense_outer, lists.arrived), gate=out_mask.contiguous(), packed_out=True,
-        shared=max(1, x.shape[0]), **window,
+        x, weight, bias, y, outs=List(None, chosen.dense_outer, lists.arrived), gate=out_mask.contiguous(),
+        packed_out=True, shared=max(1, x.shape[0]), **window,
     )  # fmt: skip
 
 
@@ -136,30 +136,12 @@ def run(
     sums = sums_like(y) if summed else None
     first: dict[str, Any] = {"stride": stride, "padding": (1, 1), "relu": True, "packed_out": True}
     second: dict[str, Any] = {"padding": (1, 1), "relu": True, "residual": residual, "packed_out": True, "sums": sums}
-    convolve(
-        x, block.weight1, block.bias1, hidden, outs=List(lists.indices, chosen.gated_inner, lists.arrived), **first
-    )
-    convolve(
-        x,
-        block.weight1,
-        block.bias1,
-        hidden,
-        outs=List(None, chosen.dense_inner, lists.arrived),
-        gate=gate,
-        shared=together,
-        **first,
-    )
-    ins, outs = List(lists.indices, chosen.gated_inner, lists.arrived), List(None, chosen.gated_outer, lists.arrived)
-    convolve(hidden, block.weight2, block.bias2, y, ins, outs, packed_in=True, **second)
+    gated = lists._replace(counts=chosen.gated_inner)
+    all_inner, all_outer = (List(None, count, lists.arrived) for count in (chosen.dense_inner, chosen.dense_outer))
+    convolve(x, block.weight1, block.bias1, hidden, outs=gated, **first)
+    convolve(x, block.weight1, block.bias1, hidden, outs=all_inner, gate=gate, shared=together, **first)
+    convolve(hidden, block.weight2, block.bias2, y, gated, List(None, chosen.gated_outer), packed_in=True, **second)
     # Sums are of one sample each; without them all samples share a list.
     together = together if sums is None else 1
-    convolve(
-        hidden,
-        block.weight2,
-        block.bias2,
-        y,
-        outs=List(None, chosen.dense_outer, lists.arrived),
-        shared=together,
-        **second,
-    )
+    convolve(hidden, block.weight2, block.bias2, y, outs=all_outer, shared=together, **second)
     return y, sums
