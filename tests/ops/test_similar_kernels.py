@@ -36,6 +36,7 @@ MASKS: dict[str, Callable[[int, int], Tensor]] = {
     "closed": lambda n, c: draw(n, c, -1.0),
     "open": lambda n, c: draw(n, c, 2.0),
     "equal": lambda n, c: draw(1, c, 0.5).expand(n, c),
+    "of groups": lambda n, c: draw(n, -(-c // 8), 0.4).repeat_interleave(8, 1)[:, :c],
     "of three": lambda n, c: draw(3, c, 0.5)[torch.arange(n, device=DEVICE) % 3],
     "strided": lambda n, c: strided(draw(n, c, 0.3)),
     "transposed": lambda n, c: draw(c, n, 0.3).T,
@@ -102,6 +103,16 @@ def test_equal_masks_come_together():
     assert sorted(order.tolist()) == list(range(32))
     assert all(len(set(codes[group.long()].tolist())) == 1 for group in order.view(-1, 8))
     assert similar(table[:3], 2).groups.order.tolist()[-1] == 3  # an empty place
+
+
+def test_one_channel_of_a_decision_tells_all():
+    """Four decisions of 64 channels each: groups of the fifteen masks that there can be, but where two of them meet."""
+    from gatedkernels.ops.ragged.groups import similar
+
+    mask = draw(64, 4, 0.5).repeat_interleave(64, 1)
+    order = similar(mask, 4).groups.order.long()
+    met = sum(len(mask[group].unique(dim=0)) > 1 for group in order.view(-1, 4))
+    assert met <= len(mask.unique(dim=0)) - 1
 
 
 @pytest.mark.parametrize(("samples", "channels"), [(0, 4), (4, 0), (1025, 2), (2, 2049)])

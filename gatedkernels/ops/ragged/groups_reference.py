@@ -7,6 +7,7 @@ from torch.nn.functional import pad
 from gatedkernels.ops.plan.reference import plan_reference
 
 BITS = 50  # channels of a signature
+WORD = 32  # neighbouring channels that are looked at together
 
 
 def similar_groups_reference(mask: Tensor, shared: int) -> Tensor:
@@ -14,10 +15,14 @@ def similar_groups_reference(mask: Tensor, shared: int) -> Tensor:
 
     Samples are ordered by signatures of one bit a channel, those channels first that tell most samples apart (density
     nearest one half), read as a Gray code: neighbours in that order differ in few of the leading bits, and samples of
-    equal masks have equal signatures. Samples of one signature keep their order.
+    equal masks have equal signatures. Samples of one signature keep their order. Channels that say what their left
+    neighbour says, as those of one decision do, come last: one of them tells all.
     """
     samples, channels = mask.shape
     spread = (2 * mask.sum(0) - samples).abs()
+    repeats = pad((mask[:, 1:] == mask[:, :-1]).all(0), (1, 0))[:channels]
+    repeats &= torch.arange(channels, device=mask.device) % WORD != 0
+    spread += (samples + 1) * repeats
     telling = spread.argsort(stable=True)[: min(BITS, channels)]
     # A number read as a Gray code is the running parity of its bits.
     bits = mask[:, telling].long().cumsum(1) % 2

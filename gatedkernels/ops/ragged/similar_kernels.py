@@ -53,11 +53,21 @@ def bits_set(word):
 
 
 @triton.jit
+def either(one, other):
+    """The bits of both."""
+    return one | other
+
+
+@triton.jit
 def pack_bits(mask, words, samples, channels, stride_n, stride_c, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
-    """Pack the masks of all samples, and return how many samples keep each channel."""
+    """Pack the masks of all samples; return how many samples keep each channel, and whether any tells it from its left.
+
+    The first channel of a word has no left neighbour.
+    """
     channel = tl.arange(0, CHANNELS)
     word = tl.arange(0, CHANNELS // WORD)
     kept = tl.zeros((CHANNELS,), tl.int32)
+    differing = tl.zeros((CHANNELS // WORD,), tl.int32) + 1
     for start in range(0, samples, ROWS):
         sample = start + tl.arange(0, ROWS)
         at = mask + sample.to(tl.int64)[:, None] * stride_n + channel[None, :] * stride_c
@@ -65,8 +75,11 @@ def pack_bits(mask, words, samples, channels, stride_n, stride_c, CHANNELS: tl.c
         kept += tl.sum(found.to(tl.int32), 0)
         bits = tl.reshape(found.to(tl.uint32), (ROWS, CHANNELS // WORD, WORD)) << tl.arange(0, WORD)[None, None, :]
         at = words + sample[:, None] * (CHANNELS // WORD) + word[None, :]
-        tl.store(at, tl.sum(bits, 2).to(tl.int32, bitcast=True), (sample < samples)[:, None])
-    return kept
+        packed = tl.sum(bits, 2).to(tl.int32, bitcast=True)
+        tl.store(at, packed, (sample < samples)[:, None])
+        differing |= tl.reduce(packed ^ (packed << 1), 0, either)
+    differs = (differing[:, None] >> tl.arange(0, WORD)[None, :]) & 1
+    return kept, tl.reshape(differs, (CHANNELS,))
 
 
 @triton.jit
@@ -90,10 +103,10 @@ def order_kernel(
     UNITED: tl.constexpr,  # groups that one step unites
 ):
     """One program: the order of samples by signatures of those channels that tell most of them apart."""
-    kept = pack_bits(mask, words, samples, channels, stride_n, stride_c, CHANNELS, PACKED)
-    # The channels nearest to one half come first; those of equal spread as they are.
+    kept, differs = pack_bits(mask, words, samples, channels, stride_n, stride_c, CHANNELS, PACKED)
+    # The channels nearest to one half come first, those of equal spread as they are, and repetitions of others last.
     channel = tl.arange(0, CHANNELS)
-    spread = tl.abs(2 * kept - samples) * CHANNELS + channel
+    spread = (tl.abs(2 * kept - samples) + tl.where(differs != 0, 0, samples + 1)) * CHANNELS + channel
     spread = tl.sort(tl.where(channel < channels, spread, 0x7FFFFFFF))
     row = tl.arange(0, CHANNELS // LANES)[:, None]
     telling = tl.sum(tl.where(row == 0, tl.reshape(spread, (CHANNELS // LANES, LANES)), 0), 0) % CHANNELS
