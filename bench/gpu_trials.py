@@ -156,10 +156,11 @@ def backward_ways(case: GpuBlock, device: str) -> Iterator[Way]:
 
 
 def network_ways(case: GpuNetwork, device: str, compiled: bool = False) -> Iterator[Way]:
-    """A folded ResNet with given masks against the dense one."""
+    """A folded ResNet with given masks against the dense one, by what cuDNN expects or found to be fastest."""
     dtype = getattr(torch, case.dtype)
     network = Network(case, device, dtype)
     images = [randn(case.batch, 3, case.size, case.size, device=device, dtype=dtype) for _ in range(2)]
+    yield Way("eager", True, [lambda x=x: expected_fastest(network, x) for x in images])
     yield Way("cudnn", True, [lambda x=x: network(x) for x in images])
     if compiled:
         fast = torch.compile(network, mode="max-autotune-no-cudagraphs")
@@ -168,6 +169,15 @@ def network_ways(case: GpuNetwork, device: str, compiled: bool = False) -> Itera
     for name in ("masked", "triton"):
         calls = [lambda x=x, m=m, name=name: network(x, m, name) for x, m in zip(images, draws, strict=True)]
         yield Way(name, False, calls)
+
+
+def expected_fastest(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A call without cuDNN's benchmark."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        return call(x)
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class FoldedBottleneck(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 
 from bench import gpu, gpu_cases, gpu_slimmable
 from bench.gpu_time import measure
-from bench.gpu_trials import Network, Way
+from bench.gpu_trials import Network, Way, expected_fastest, network_ways
 from gatedkernels import tuning
 
 CASE = gpu_cases.GpuBlock(16, 3, 2, 0.5, "independent", "float32")
@@ -107,6 +107,17 @@ def test_both_depths_run_dense_and_masked():
         x = torch.randn(2, 3, 16, 16)
         masks = network.draw(case, torch.Generator().manual_seed(0), "cpu")
         torch.testing.assert_close(network(x, masks, "masked"), network(x))
+
+
+def test_eager_goes_without_cudnns_benchmark(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    case = gpu_cases.NETWORKS[0].small()
+    ways = {way.name: way for way in network_ways(case, "cpu")}
+    assert ways.keys() >= {"eager", "cudnn", "masked", "triton"} and ways["eager"].dense and ways["cudnn"].dense
+    seen = []
+    assert expected_fastest(lambda x: seen.append(torch.backends.cudnn.benchmark) or x, torch.ones(1)) == 1
+    assert seen == [False] and torch.backends.cudnn.benchmark
+    torch.testing.assert_close(ways["eager"].calls[0](), ways["cudnn"].calls[0]())
 
 
 @pytest.mark.parametrize("width", [0.5, gpu_slimmable.MIXED])

@@ -1,4 +1,4 @@
-"""How many kernels a gated block launches: counted on tensors without memory, for the shipped configurations."""
+"""What is launched, and how many of it: recorded on tensors without memory, for the shipped configurations."""
 
 import importlib
 from collections.abc import Iterator
@@ -38,9 +38,14 @@ class Recorder:
 
     def __init__(self, name: str, launched: list[str]) -> None:
         self.name, self.launched = name, launched
+        self.constants: dict[str, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *tensors, **constants: self.launched.append(self.name)
+        def launch(*tensors: Any, **constants: Any) -> None:
+            self.launched.append(self.name)
+            self.constants = constants
+
+        return launch
 
 
 @pytest.fixture(params=CHIPS, ids=str)
@@ -142,6 +147,45 @@ def test_a_codebook_is_three_launches_and_one_where_small_images_share_lists(lau
         shared = min(batch, together(side * side)) > 1
         assert launched == [BLOCK[0], *["equal_groups_kernel"] * shared, *BLOCK[1:]], (channels, side)
         launched.clear()
+
+
+def precision_of(launched: list[str], dtype: torch.dtype, linear: bool) -> str:
+    """How a gated convolution or linear layer multiplies, and its gradient by the weights likewise."""
+    from gatedkernels.ops.ragged import gated, gradient_kernels, kernels
+
+    mask = torch.empty(2, 32, dtype=torch.bool, device="meta")
+    with pytest.MonkeyPatch.context() as patch:
+        weight_gradient = Recorder("weight_gradient", launched)
+        patch.setattr(gradient_kernels, "weight_gradient_kernel", weight_gradient)
+        if linear:
+            x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 3, 16), (32, 16)))
+            y = gated.gated_linear(x, weight, None, None, mask)
+            gated.gated_linear_backward(y, x, weight, None, mask, False, (False, True, False))
+        else:
+            x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 16, 4, 4), (32, 16, 3, 3)))
+            ones = (1, 1)
+            y = gated.gated_conv2d(x, weight, None, None, mask, ones, ones, ones, 1)
+            gated.gated_conv2d_backward(
+                y, x, weight, None, mask, ones, ones, ones, 1, False, (False, True, False)
+            )  # fmt: skip
+        found = [kernel.constants["PRECISION"] for kernel in (kernels.ragged_conv_kernel, weight_gradient)]
+    assert found[0] == found[1]
+    return found[0]
+
+
+def test_float32_is_rounded_where_pytorchs_flags_say_so(launched: list[str]):
+    """Convolutions by cuDNN's flag, linear layers by that of matrix products; other numbers never."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    try:
+        for of_convs, of_linears in (("tf32", "ieee"), ("ieee", "tf32")):
+            conv.fp32_precision, matmul.fp32_precision = of_convs, of_linears
+            assert precision_of(launched, torch.float32, linear=False) == of_convs
+            assert precision_of(launched, torch.float32, linear=True) == of_linears
+            for dtype in (torch.float16, torch.bfloat16):
+                assert {precision_of(launched, dtype, linear) for linear in (True, False)} == {"ieee"}
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
 
 
 def test_what_pytorch_launches_is_noticed(launched: list[str]):
