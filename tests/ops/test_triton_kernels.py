@@ -123,7 +123,7 @@ def test_plan_lists_the_union(channels: int, shared: int):
     for density in (0.0, 0.3, 1.0):
         mask = draw(channels, 5, density).T
         union = torch.stack([rows.any(0) for rows in mask.split(shared)])
-        found = launch.plan(mask, shared)
+        found = launch.plan(mask, shared)[:2]
         for own, exact in zip(found, plan_reference(union), strict=True):
             assert torch.equal(own, exact)
 

@@ -132,8 +132,12 @@ def convolve_tile(
             begin = tl.maximum(start, whole) if last else start
             end = steps if last else tl.minimum(steps, whole)
         for step in range(begin, end):
-            tap = step % (R * S)
-            k = step // (R * S) * DEPTH + tl.arange(0, DEPTH)
+            if ALONE and last:
+                tap = step - whole
+                k = ins // DEPTH * DEPTH + tl.arange(0, DEPTH)
+            else:
+                tap = step % (R * S)
+                k = step // (R * S) * DEPTH + tl.arange(0, DEPTH)
             r = tap // S
             s = tap % S
             h = p * STRIDE_H - PADDING_H + r * DILATION_H
