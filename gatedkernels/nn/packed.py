@@ -94,11 +94,6 @@ class PackedGate(Packed):
         self.fixed: Callable[[int], Any] | None = None
         self.eval()
 
-    @property
-    def decisions(self) -> int:
-        """How many channels, or groups of them, are decided about."""
-        return len(next(self.kept(("bias2",))))
-
     def layers(self) -> list[Tensor]:
         """Weights and bias of the hidden layer and of the last one."""
         return list(self.kept(_WEIGHTS))
