@@ -149,13 +149,14 @@ def convolve_tile(
             if SPREAD_W > 1:
                 inside &= w % SPREAD_W == 0
                 w //= SPREAD_W
-            inside = (inside & (h < height) & (w < width))[:, None]
-            there = listed[None, :]
-            if last or not ALONE:
-                inside &= (k < readable)[None, :]
-                there &= (k < ins)[:, None]
+            inside &= (h < height) & (w < width)
             at = x_rows + (h * x_stride_h + w * x_stride_w)
-            a = tl.load(at[:, None] + k[None, :], inside, other=0.0)
+            pixel_there = inside[:, None]
+            weight_there = listed[None, :]
+            if last or not ALONE:
+                pixel_there = inside[:, None] & (k < readable)[None, :]
+                weight_there = (k < ins)[:, None] & listed[None, :]
+            a = tl.load(at[:, None] + k[None, :], pixel_there, other=0.0)
             row_of_weights = k
             if in_index is not None:
                 row_of_weights = tl.load(in_index + its_list.to(tl.int64) * in_channels + k, k < ins, other=0)
@@ -164,7 +165,7 @@ def convolve_tile(
                 s = S - 1 - s
             at_weight = weight_columns[None, :] + (row_of_weights * weight_stride_c)[:, None]
             at_weight += r * weight_stride_r + s * weight_stride_s
-            b = tl.load(at_weight, there, other=0.0)
+            b = tl.load(at_weight, weight_there, other=0.0)
             total = tl.dot(a, b, total, input_precision=PRECISION)
 
     finishes = True
