@@ -6,12 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gatedkernels.nn.gate import Gate
-
-
-def _check_target(target: float) -> None:
-    if not 0 < target <= 1:
-        raise ValueError(f"target must lie in (0, 1], got {target}")
+from gatedkernels._checks import check_number, check_type
+from gatedkernels.nn.gate import Gate, check_gates
 
 
 def sparsity_loss(kept: Tensor, target: float, weight: float = 5.0) -> Tensor:
@@ -28,9 +24,12 @@ def sparsity_loss(kept: Tensor, target: float, weight: float = 5.0) -> Tensor:
         A scalar.
 
     Raises:
+        TypeError: If ``kept`` is no tensor, or another argument no number.
         ValueError: If the target does not lie in (0, 1].
     """
-    _check_target(target)
+    check_type("kept", kept, Tensor, "a tensor, from kept_fraction")
+    check_number("target", target, above=0, at_most=1)
+    check_number("weight", weight)
     return weight * (kept - target) ** 2
 
 
@@ -55,14 +54,16 @@ def bound_loss(
         A scalar.
 
     Raises:
+        TypeError: If ``gates`` are no decisions by key, or another argument is no number.
         ValueError: If there are no gates, the target does not lie in (0, 1], or the epoch or decay is negative.
     """
-    _check_target(target)
+    check_number("target", target, above=0, at_most=1)
+    check_number("weight", weight)
+    check_gates(gates)
     if not gates:
         raise ValueError("gates must hold at least one gate, got none")
     for name, value in {"epoch": epoch, "decay": decay}.items():
-        if value < 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
+        check_number(name, value, at_least=0)
     hold = math.exp(-decay * epoch)
     low, high = hold * math.sqrt(target), 1 - hold + hold * math.sqrt(target)
     share = torch.stack([gate.weight.mean() for gate in gates.values()])

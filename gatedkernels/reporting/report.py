@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
+from gatedkernels._checks import check_module, check_number, check_type
 from gatedkernels.inference import optimize
 from gatedkernels.models import GatedResNet
 from gatedkernels.nn import FlopCount, count_flops
@@ -164,11 +165,14 @@ def report(
         The report; print it, or see `Report.to_dict`.
 
     Raises:
-        TypeError: If the model is none of these.
+        TypeError: If the model is none of these, the example no tensor, or a number none.
         ValueError: If the model is in training mode, the example is empty, or the gates of a model that is not
             optimised have hooks, such as those of `gatedkernels.fix_gates`, which its optimised copy would not have.
         RuntimeError: If the networks do not compute the same.
     """
+    check_module("model", model)
+    check_type("example", example, Tensor, "a tensor of images")
+    check_number("seconds", seconds, above=0)
     with use_threads(threads) as used:
         fast = _optimized(model, example)
         counts = count_flops(fast, example)
