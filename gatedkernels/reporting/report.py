@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from gatedkernels.nn.packed import Packed
 from gatedkernels.reporting.baselines import dense_baselines, verify
 from gatedkernels.reporting.layers import Stopwatch, time_layers
 from gatedkernels.reporting.machine import bandwidth, peak_macs
+from gatedkernels.reporting.tables import terminal_table
 from gatedkernels.reporting.timing import Timing, interleave, use_threads
 from gatedkernels.reporting.twins import build_twin, prepack
 
@@ -124,16 +124,7 @@ class Report:
         return "\n".join([self.headline(), "", lines[0], align, *lines[1:], "", self.footnote()])
 
     def __rich__(self) -> Table:
-        table = Table(
-            title=self.headline(),
-            caption=self.footnote(),
-            caption_justify="left",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
-        table.pad_edge = False
-        for i, name in enumerate(_COLUMNS):
-            table.add_column(name, justify="left" if i in (0, len(_COLUMNS) - 1) else "right", no_wrap=True)
+        table = terminal_table(_COLUMNS, title=self.headline(), words=_COLUMNS[-1:], caption=self.footnote())
         for layer in self.layers:
             table.add_row(*layer.cells(), end_section=layer is self.layers[-1])
         table.add_row(*self.total.cells(), style="bold")
