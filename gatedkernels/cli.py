@@ -1,19 +1,19 @@
 """The ``gatedkernels`` command: demo, train, evaluate, masks, report, calibrate, tune, doctor."""
 
 import inspect
-import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from gatedkernels import __version__
-from gatedkernels.training.config import CONFIGS, OPTIONS, Device, Measure
+from gatedkernels.cli_options import as_typed, declare_options, problem_of
+from gatedkernels.training.config import Device, Measure
 from gatedkernels.training.errors import DataError, RunError, TrainingError
 from gatedkernels.training.recipes import RECIPES, make_config
 
@@ -47,24 +47,13 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (DataError, RunError, TrainingError) as error:
-        typer.secho(f"error: {_as_typed(str(error))}", fg="red", err=True)
+        typer.secho(f"error: {as_typed(str(error))}", fg="red", err=True)
         raise SystemExit(1) from error
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _TRAIN_PACKAGES:
             raise
         typer.secho(f"error: {error.name} is missing; pip install 'gatedkernels[train]'", fg="red", err=True)
         raise SystemExit(1) from error
-
-
-def _option(name: str) -> str:
-    """An option as a user types it."""
-    return f"--{name.replace('_', '-')}"
-
-
-def _as_typed(message: str) -> str:
-    """A message about arguments as one about options."""
-    names = "|".join(["run_dir", *OPTIONS])
-    return re.sub(rf"(?<![\w/.-])({names})(?= must |=)", lambda found: _option(found[0]), message)
 
 
 def _say_version(asked: bool) -> None:
@@ -93,17 +82,9 @@ def train(context: typer.Context, recipe: str, run_dir: Path, resume: bool, **op
     from gatedkernels.training.run import train_run
     from gatedkernels.training.run_folder import RunFolder
 
-    if context.args:
-        known = ", ".join(map(_option, OPTIONS))
-        raise typer.BadParameter(f"{context.args[0]} is none of the options --run-dir, --resume, {known}")
     given = {name: value for name, value in options.items() if value is not None}
-    if recipe in RECIPES:
-        known = [item.name for item in fields(RECIPES[recipe][0])]
-        if others := [name for name in given if name not in known]:
-            options_of_it = ", ".join(_option(name) for name in OPTIONS if name in known)
-            raise typer.BadParameter(
-                f"{_option(others[0])} is no option of {recipe}, whose options are {options_of_it}"
-            )
+    if problem := problem_of(recipe, given, context.args):
+        raise typer.BadParameter(problem)
     try:
         if resume:
             stored = RunFolder(run_dir).read_config()
@@ -112,7 +93,7 @@ def train(context: typer.Context, recipe: str, run_dir: Path, resume: bool, **op
         else:
             config = make_config(recipe, **given)
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(_as_typed(str(error))) from error
+        raise typer.BadParameter(as_typed(str(error))) from error
     try:
         train_run(config, run_dir, resume=resume)
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the one into the other
@@ -121,47 +102,7 @@ def train(context: typer.Context, recipe: str, run_dir: Path, resume: bool, **op
     typer.echo(f"Trained. Next: gatedkernels evaluate {run_dir}")
 
 
-def _declare_options() -> inspect.Signature:
-    """Give ``train`` an option for every field of every configuration, none of them set."""
-    recipe = typer.Argument(help="What to run; the list stands above.", show_default=False)
-    run_dir = typer.Option(help="Folder of the run; new, unless the run is resumed.", show_default=False)
-    resume = typer.Option("--resume", help="Continue after the last finished epoch.")
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter("context", kind, annotation=typer.Context),
-        inspect.Parameter("recipe", kind, annotation=Annotated[str, recipe]),
-        inspect.Parameter("run_dir", kind, annotation=Annotated[Path, run_dir]),
-        inspect.Parameter("resume", kind, default=False, annotation=Annotated[bool, resume]),
-    ]
-    types = {
-        name: hint for each in reversed(CONFIGS) for name, hint in get_type_hints(each, include_extras=True).items()
-    }
-    for name in OPTIONS:
-        annotation, text = get_args(types[name])
-        option = typer.Option(help=f"{text} Default: {_defaults(name)}.", show_default=False)
-        parameters.append(inspect.Parameter(name, kind, default=None, annotation=Annotated[annotation | None, option]))
-    return inspect.Signature(parameters)
-
-
-def _defaults(name: str) -> str:
-    """Say what an option is in the recipes that have the defaults of their configuration, once where all agree."""
-    recipes: dict[str, list[str]] = {}
-    for config in CONFIGS:
-        values = {item.name: item.default for item in fields(config)}
-        if name in values:
-            recipes.setdefault(_in_words(values[name]), []).append(str(values["recipe"]))
-    if list(map(len, recipes.values())) == [len(CONFIGS)]:
-        return next(iter(recipes))
-    return ", ".join(f"{value} ({', '.join(names)})" for value, names in recipes.items())
-
-
-def _in_words(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else str(value)
-
-
-train.__signature__ = _declare_options()  # type: ignore[attr-defined]
+train.__signature__ = declare_options()  # type: ignore[attr-defined]
 train.__annotations__ = {name: parameter.annotation for name, parameter in train.__signature__.parameters.items()}  # type: ignore[attr-defined]
 _RECIPES = textwrap.fill(", ".join(RECIPES), 76, break_on_hyphens=False)
 app.command(

@@ -28,6 +28,10 @@ def make_divisible(value: float, divisor: int = 8, least: int = 1) -> int:
     """
     check_number("value", value)
     check_sizes(divisor=divisor, least=least)
+    return _rounded(value, divisor, least)
+
+
+def _rounded(value: float, divisor: int, least: int = 1) -> int:
     rounded = max(least, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
@@ -42,11 +46,11 @@ def channels_at(channels: int, width: float, ratio: float = 1, divisor: int = 8)
         divisor: What to round to a multiple of.
 
     Returns:
-        ``make_divisible(channels * width / ratio) * ratio``, at most ``channels``; ``channels`` at width 1.
+        ``make_divisible(channels * width / ratio, divisor) * ratio``, at most ``channels``; ``channels`` at width 1.
     """
     if width == 1:
         return channels
-    return min(channels, round(make_divisible(channels * width / ratio, divisor) * ratio))
+    return min(channels, round(_rounded(channels * width / ratio, divisor) * ratio))
 
 
 def check_width(width: float) -> float:

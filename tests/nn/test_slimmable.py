@@ -223,7 +223,7 @@ def test_batch_norm_refuses_other_shapes():
     norm = SlimmableBatchNorm2d(8)
     with pytest.raises(ValueError, match=r"x must have shape \(N, C, H, W\) with C up to 8, got \(2, 9, 3, 3\)"):
         norm(torch.zeros(2, 9, 3, 3))
-    with pytest.raises(ValueError, match="4D"):
+    with pytest.raises(ValueError, match=r"x must have shape \(N, C, H, W\) with C up to 8, got \(2, 8\)"):
         norm(torch.zeros(2, 8))
 
 
