@@ -143,6 +143,11 @@ class SlimmableMobileNetV2(SlimmableNetwork):
 
         Returns:
             Logits, shape (N, num_classes), or features, shape (N, 1280).
+
+        Raises:
+            TypeError: If ``x`` is no tensor of the network's dtype.
+            ValueError: If it has another shape, lies on another device, or a normalisation has no statistics for the
+                width in evaluation.
         """
         return self.classifier(torch.flatten(nn.functional.adaptive_avg_pool2d(self.features(x), 1), 1))
 

@@ -131,6 +131,11 @@ class SlimmableResNet(SlimmableNetwork):
 
         Returns:
             Logits, shape (N, num_classes), or features, of as many dimensions as the last stage has channels.
+
+        Raises:
+            TypeError: If ``x`` is no tensor of the network's dtype.
+            ValueError: If it has another shape, lies on another device, or a normalisation has no statistics for the
+                width in evaluation.
         """
         if self.trunk and self.trunk.takes(x):
             return self.fc(self.trunk(x))

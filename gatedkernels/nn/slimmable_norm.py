@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -239,7 +239,7 @@ class SwitchableBatchNorm2d(_SlicedFeatures):
             TypeError: If ``x`` is no floating tensor, or one of a wider dtype than the layer's.
             ValueError: If ``x`` has another number of dimensions or channels, or lies on another device.
         """
-        norm = self.norms[width_label(self.width)]
+        norm = cast(nn.BatchNorm2d, self.norms[width_label(self.width)])
         check_normalisable(x, norm.weight)
         if x.ndim != 4 or x.shape[1] != norm.num_features:
             raise ValueError(f"x must have shape (N, {norm.num_features}, H, W), got {tuple(x.shape)}")
