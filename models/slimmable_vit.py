@@ -78,10 +78,11 @@ def _norm(dim: int, norm: type[SlimmableLayerNorm] | None, divisor: int) -> nn.M
 def sincos_position(rows: int, columns: int, dim: int) -> Tensor:
     """Fixed position embeddings of a grid of patches and of the class token before them, shape (1, 1 + patches, dim).
 
-    Source: Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers" (MoCo v3), ICCV 2021.
-
     Raises:
         ValueError: If ``dim`` is no multiple of four: sine and cosine for each direction.
+
+    Source:
+        Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers" (MoCo v3), ICCV 2021.
     """
     if dim % 4:
         raise ValueError(f"dim must be a multiple of 4, got {dim}")

@@ -92,9 +92,6 @@ class GatedBasicBlock(GatedResidual):
     Where neither batch statistics nor the gate's gradient need the closed channels, as in evaluation, normalisations
     are folded at each call and `gated_block` computes the open channels only.
 
-    Source: Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (channel gates); Krishna et al., "Unifying
-    Synergies between Self-supervised Learning and Dynamic Computation", BMVC 2023 (two branches).
-
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output, and between the convolutions.
@@ -108,6 +105,10 @@ class GatedBasicBlock(GatedResidual):
     Raises:
         TypeError: If a number is none.
         ValueError: If a size is not positive or ``group`` does not divide ``out_channels``.
+
+    Source:
+        Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (channel gates); Krishna et al., "Unifying Synergies
+        between Self-supervised Learning and Dynamic Computation", BMVC 2023 (two branches).
     """
 
     expansion = 1
@@ -184,8 +185,6 @@ class GatedBottleneck(GatedResidual):
     ``gate1`` looks at the block's input; ``gate2`` looks at the first convolution's gated activation. The stride is the
     3×3 convolution's. Branches and normalisations are those of `GatedBasicBlock`.
 
-    Source: Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (channel gates).
-
     Args:
         in_channels: Channels of the input.
         planes: Channels between the convolutions; the output has ``4 * planes``.
@@ -198,6 +197,9 @@ class GatedBottleneck(GatedResidual):
     Raises:
         TypeError: If a number is none.
         ValueError: If a size is not positive or ``group`` does not divide ``planes``.
+
+    Source:
+        Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (channel gates).
     """
 
     expansion = 4

@@ -32,9 +32,6 @@ class CodebookGate(GateLogits):
     evaluation a sample has the mask of its largest logit, a mask is open where its logit is at least 0, and the
     decision carries no gradient.
 
-    Source: Jang et al., "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017 (the straight-through choice);
-    masks as in `ChannelGate`.
-
     Args:
         in_channels: Channels of the input that is looked at.
         out_channels: Channels that are decided about.
@@ -48,6 +45,10 @@ class CodebookGate(GateLogits):
     Raises:
         TypeError: If a number is none.
         ValueError: If a size is not positive or ``group`` does not divide ``out_channels``.
+
+    Source:
+        Jang et al., "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017 (the straight-through choice);
+        masks as in `ChannelGate`.
     """
 
     def __init__(

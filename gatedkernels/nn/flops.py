@@ -139,8 +139,7 @@ def kept_fraction(costs: Sequence[ConvCost], gates: Mapping[str, Gate]) -> Tenso
     """Compute the fraction of the dense multiply-adds that gates keep, differentiable in their weights.
 
     Executed over dense: the executed ones include the gates' own layers and everything that is never gated, and are
-    the mean over samples. Source: Krishna et al., "Unifying Synergies between Self-supervised Learning and Dynamic
-    Computation", BMVC 2023.
+    the mean over samples.
 
     Args:
         costs: What `gated_flops` found for this network and image size.
@@ -152,6 +151,9 @@ def kept_fraction(costs: Sequence[ConvCost], gates: Mapping[str, Gate]) -> Tenso
     Raises:
         TypeError: If the costs are none or the gates no decisions by key.
         ValueError: If a gate that the costs name is missing, or there are no gates.
+
+    Source:
+        Krishna et al., "Unifying Synergies between Self-supervised Learning and Dynamic Computation", BMVC 2023.
     """
     check_type("costs", costs, Sequence, "a sequence of costs, from gated_flops")
     for i, cost in enumerate(costs):

@@ -119,8 +119,6 @@ class ChannelGate(GateLogits):
     the gradient passes straight through; in evaluation a channel is open where its logit is at least 0, and the
     decision carries no gradient.
 
-    Source: Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (the channel gate).
-
     Args:
         in_channels: Channels of the input that is looked at.
         out_channels: Channels that are decided about.
@@ -133,6 +131,9 @@ class ChannelGate(GateLogits):
     Raises:
         TypeError: If a number is none.
         ValueError: If a size is not positive or ``group`` does not divide ``out_channels``.
+
+    Source:
+        Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (the channel gate).
     """
 
     def __init__(

@@ -16,11 +16,12 @@ from gatedkernels.ops.sliced_linear.op import sliced_linear
 def make_divisible(value: float, divisor: int = 8, least: int = 1) -> int:
     """Round a number of channels to a multiple of ``divisor``, at least ``least``, never down by more than a tenth.
 
-    Source: Yu et al., "Slimmable Neural Networks", ICLR 2019 (their code, after MobileNet's).
-
     Raises:
         TypeError: If an argument is no number.
         ValueError: If ``divisor`` or ``least`` is not positive.
+
+    Source:
+        Yu et al., "Slimmable Neural Networks", ICLR 2019 (their code, after MobileNet's).
 
     Example:
         >>> [make_divisible(64 * width) for width in (0.9, 0.7, 0.5, 0.3, 0.25)]
