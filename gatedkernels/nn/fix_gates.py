@@ -82,8 +82,7 @@ class _FixedMasks:
         return self._mask((batch, bias.shape[0]), bias.device)
 
     def of_codebook(self, gate: PackedCodebookGate, batch: int) -> Codes:
-        bias = gate.layers()[-1]
-        return self._next((batch, bias.shape[0]), bias.device)
+        return self._next((batch, gate.decisions), gate.table.device)
 
     def _mask(self, shape: tuple[int, int], device: torch.device) -> Tensor:
         drawn = self._next(shape, device)
