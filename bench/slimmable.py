@@ -164,13 +164,25 @@ def iteration_times(batch: int, seconds: float) -> list[list[float]]:
     return times
 
 
-def operation_rows(seconds: float) -> Iterator[tuple[object, ...]]:
-    """Milliseconds of operations with a width for every sample."""
+def operation_rows(seconds: float, pattern: str) -> Iterator[tuple[object, ...]]:
+    """Milliseconds of operations with a width for every sample; of linear layers, the least that any kernel takes, too.
+
+    That is the time of its multiply-adds at the rate of a large matrix product, measured next to it.
+    """
     rows = [(("conv", *case), conv_calls(*case)) for case in CONVS]
     rows += [(("linear", *case), linear_calls(*case)) for case in LINEARS]
+    a, b = torch.randn(2, 1024, 1024)
     with torch.inference_mode():
         for case, calls in rows:
+            if pattern not in " ".join(map(str, case)):
+                continue
             taken = milliseconds(calls, seconds)
+            if case[0] == "linear":
+                _, batch, tokens, inputs, units = case
+                products = tokens * inputs * units * sum(WIDTHS[n % len(WIDTHS)] ** 2 for n in range(batch))
+                taken["least"] = (
+                    milliseconds({"product": lambda: a @ b}, seconds / 4)["product"] * products / len(a) ** 3
+                )
             yield *case, *(f"| {name} {value:.3f}" for name, value in taken.items())
 
 
@@ -205,11 +217,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="?", default="operations", choices=["operations", "networks", "training"])
     parser.add_argument("--seconds", type=float, default=0.5, help="for each row; of training, for all of them")
-    parser.add_argument("--only", default="", help="networks whose name, side, batch and width, so written, hold this")
+    parser.add_argument("--only", default="", help="rows whose first columns, so written, hold this")
     parser.add_argument("--batch", type=int, default=64, help="images of an iteration of training")
     chosen = parser.parse_args(arguments)
     if chosen.what == "operations":
-        rows = operation_rows(chosen.seconds)
+        rows = operation_rows(chosen.seconds, chosen.only)
     elif chosen.what == "networks":
         rows = network_rows(chosen.seconds, chosen.only)
     else:
