@@ -11,6 +11,7 @@ from torch.nn.functional import batch_norm, layer_norm
 from gatedkernels.nn.slimmable import Slimmable, channels_at, check_width
 
 _STATISTICS = "running_mean", "running_var", "num_batches_tracked"
+_PREFIX = "at_"  # of what holds the statistics of a narrow width
 
 
 def width_label(width: float) -> str:
@@ -36,13 +37,31 @@ class _SlicedFeatures(Slimmable):
         return channels_at(self.full, self.width, self.ratio, self.divisor) if self.is_sliced else self.full
 
 
+class _Statistics(nn.Module):
+    """What a narrow width needs in evaluation, under the names of `nn.BatchNorm2d`.
+
+    A module by itself, and as long as at full width: torch.compile makes one graph for all such modules, where it would
+    make one for every name, and for every length, of a width's own buffers.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros_like(like))
+        self.register_buffer("running_var", torch.ones_like(like))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=like.device))
+
+
 class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
     """Batch normalisation of any width: one scale and shift for all, statistics for each.
 
     It normalises as many channels as its input has, the first ones. In training it uses the batch's statistics at every
     width, and keeps a running average of them at full width, under the usual names. What other widths need in
     evaluation, `gatedkernels.calibrate_norms` estimates after training, into buffers of their own
-    (``running_mean_0_25``); a state dict brings them along.
+    (``at_0_25.running_mean``); a state dict brings them along.
 
     Args:
         num_features: Channels at full width.
@@ -81,23 +100,36 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
     def set_width(self, width: float) -> None:
         """Use the statistics that belong to ``width``, in (0, 1]."""
         super().set_width(width)
-        suffix = "" if self.width == 1 else f"_{width_label(self.width)}"
-        self._names = tuple(name + suffix for name in _STATISTICS)
+        self._is_full = self.width == 1
+        self._shape = torch.empty(self.channels_now, 0)  # as in layers with weights: a number that graphs do not keep
         # Statistics of a narrow network are those that calibration asked for, not what training comes across.
-        self._averages = self.track_running_stats and self.width == 1
+        self._averages = self.track_running_stats and self._is_full
+        self._find_statistics()
+
+    def _find_statistics(self) -> None:
+        """Hold those of the present width, if it is narrow and there are any; in a tuple, which makes no submodule."""
+        found = None if self._is_full else self._modules.get(_PREFIX + width_label(self.width))
+        self._narrow: tuple[nn.Module, ...] = () if found is None else (found,)
 
     def start_statistics(self) -> None:
         """Begin new statistics of the present width; training mode averages them until a width is set again."""
-        mean, var, count = self._names
-        self.register_buffer(mean, self.weight.new_zeros(self.channels_now))
-        self.register_buffer(var, self.weight.new_ones(self.channels_now))
-        self.register_buffer(count, torch.zeros((), dtype=torch.int64, device=self.weight.device))
+        new = _Statistics(self.weight.detach()).eval()
+        if self._is_full:
+            self._buffers.update(new._buffers)
+        else:
+            self.add_module(_PREFIX + width_label(self.width), new)
+            self._find_statistics()
         self._averages = True
 
     def statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Mean, variance and number of batches at the present width; None where there are none."""
-        mean, var, count = (self._buffers.get(name) for name in self._names)
-        return mean, var, count
+        if not self._is_full and not self._narrow:
+            return None, None, None
+        held: Any = self if self._is_full else self._narrow[0]
+        if held.running_mean is None:
+            return None, None, None
+        channels = self._shape.shape[0]
+        return held.running_mean[:channels], held.running_var[:channels], held.num_batches_tracked
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise images (N, C, H, W) of up to ``num_features`` channels.
@@ -150,14 +182,12 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Keep statistics of the widths that a state dict brings, and of no others: they belong to other weights."""
-        for name in _STATISTICS:
-            for own in [own for own in self._buffers if own.startswith(f"{name}_") and prefix + own not in state_dict]:
-                if f"{prefix}weight" in state_dict:
-                    del self._buffers[own]
-            for key in state_dict:
-                own = key.removeprefix(prefix)
-                if key.startswith(f"{prefix}{name}_") and own not in self._buffers:
-                    self.register_buffer(own, torch.empty_like(state_dict[key], device=self.weight.device))
+        brought = {key.removeprefix(prefix).split(".")[0] for key in state_dict if key.startswith(prefix + _PREFIX)}
+        for name in [name for name in self._modules if name not in brought and f"{prefix}weight" in state_dict]:
+            del self._modules[name]
+        for name in sorted(brought - self._modules.keys()):
+            self.add_module(name, _Statistics(self.weight.detach()).train(self.training))
+        self._find_statistics()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
