@@ -84,11 +84,12 @@ def test_equals_the_sliced_layer(backend: str, shape: Sequence[Any], layout: str
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("width", [7, torch.tensor([10, 3, 7])], ids=["int", "tensor"])
-def test_dtypes(dtype: torch.dtype, width: Any, compare):
+@pytest.mark.parametrize("backend", ["auto", "reference", "dense"])
+def test_dtypes(dtype: torch.dtype, width: Any, backend: str, compare):
     weight, bias = make_weights(12, 10, dtype)
     every = width if isinstance(width, Tensor) else [width] * 3
     compare(
-        lambda x, w, b: gk.sliced_linear(x, w, b, width),
+        lambda x, w, b: gk.sliced_linear(x, w, b, width, backend=backend),
         definition(every, None),
         [make_samples((3, 6, 10), dtype=dtype), weight, bias],
         rounding=3,
@@ -155,6 +156,15 @@ def test_what_lies_beyond_the_width_is_neither_read_nor_left(backend: str):
         x[n, :, ins[n] :] = torch.nan
         assert not clean[n, :, outs[n] :].any()
     assert torch.equal(gk.sliced_linear(x, weight, bias, ins, outs, backend=backend), clean)
+
+
+@needs_cpu
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_a_width_is_a_plan_without_a_list(tokens: int):
+    """One mechanism: the gated layer of masks that are prefixes has lists, and the same bits."""
+    x, (weight, bias), ins = torch.randn(4, tokens, 300), make_weights(130, 300), torch.tensor([300, 7, 0, 258])
+    sliced = gk.sliced_linear(x, weight, bias, ins, backend="cpu")
+    assert torch.equal(sliced, gk.gated_linear(x, weight, bias, prefix(ins, 300), backend="cpu"))
 
 
 @needs_cpu
