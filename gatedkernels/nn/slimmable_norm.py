@@ -34,7 +34,10 @@ class _SlicedFeatures(Slimmable):
     @property
     def channels_now(self) -> int:
         """Channels at the present width."""
-        return channels_at(self.full, self.width, self.ratio, self.divisor) if self.is_sliced else self.full
+        return self._channels_at(self.width)
+
+    def _channels_at(self, width: float) -> int:
+        return channels_at(self.full, width, self.ratio, self.divisor) if self.is_sliced else self.full
 
 
 class _Statistics(nn.Module):
@@ -106,6 +109,14 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
         self._averages = self.track_running_stats and self._is_full
         self._find_statistics()
 
+    def set_widths(self, widths: tuple[float, ...]) -> None:
+        """Normalise every sample of a batch by the statistics of its width; zeros stay behind its channels.
+
+        In evaluation mode, in which a batch's samples have nothing to do with one another.
+        """
+        self.set_width(1.0)
+        self.sample_widths = tuple(map(check_width, widths))
+
     def _find_statistics(self) -> None:
         """Hold those of the present width, if it is narrow and there are any; in a tuple, which makes no submodule."""
         found = None if self._is_full else self._modules.get(_PREFIX + width_label(self.width))
@@ -139,6 +150,8 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
                 no statistics for this width.
         """
         self._check_input_dim(x)
+        if self.sample_widths:
+            return self._normalise_each(x)
         channels = x.shape[1]
         if channels > self.num_features:
             raise ValueError(f"x must have at most {self.num_features} channels, got {tuple(x.shape)}")
@@ -147,7 +160,7 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
             return batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         mean, var, count = self.statistics()
         if mean is None:
-            raise ValueError(self._missing())
+            raise ValueError(self._missing(self.width))
         momentum = self.momentum
         if self.training:
             assert count is not None
@@ -155,8 +168,32 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
             momentum = 1.0 / float(count) if momentum is None else momentum
         return batch_norm(x, mean, var, weight, bias, self.training, momentum or 0.0, self.eps)
 
-    def _missing(self) -> str:
-        return f"width must have statistics, got {self.width:g} without: gatedkernels.calibrate_norms estimates them"
+    def _normalise_each(self, x: Tensor) -> Tensor:
+        """Every sample by a scale and a shift of its own, both zero behind its channels."""
+        self.check_samples(x)
+        if self.training:
+            raise ValueError(
+                f"width must be one number in training, got one for each of {len(self.sample_widths)} samples"
+            )
+        kinds = list(dict.fromkeys(self.sample_widths))
+        factors = torch.stack([self._scale_and_shift(width) for width in kinds])
+        which = torch.tensor([kinds.index(width) for width in self.sample_widths], device=x.device)
+        scale, shift = factors.to(x.dtype)[which, :, :, None, None].unbind(1)
+        return torch.addcmul(shift, x, scale)
+
+    def _scale_and_shift(self, width: float) -> Tensor:
+        """Shape (2, num_features)."""
+        held: Any = self if width == 1 else self._modules.get(_PREFIX + width_label(width))
+        if held is None or held.running_mean is None:
+            raise ValueError(self._missing(width))
+        scale = self.weight * (held.running_var + self.eps).rsqrt()
+        both = torch.stack([scale, self.bias - held.running_mean * scale])
+        beyond = torch.arange(self.num_features, device=both.device) >= self._channels_at(width)
+        return both.masked_fill(beyond, 0)
+
+    @staticmethod
+    def _missing(width: float) -> str:
+        return f"width must have statistics, got {width:g} without: gatedkernels.calibrate_norms estimates them"
 
     def sliced(self) -> nn.BatchNorm2d:
         """Make an ordinary batch normalisation of the present width, with copied parameters and statistics.
@@ -168,7 +205,7 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
         """
         mean, var, count = self.statistics()
         if self.track_running_stats and mean is None and not self.training:
-            raise ValueError(self._missing())
+            raise ValueError(self._missing(self.width))
         tracks, device = self.track_running_stats, self.weight.device
         options: dict[str, Any] = {"track_running_stats": tracks, "device": device, "dtype": self.weight.dtype}
         norm = nn.BatchNorm2d(self.channels_now, self.eps, self.momentum, **options)
@@ -192,7 +229,7 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         """Say what the parts do not show."""
-        return f"{super().extra_repr()}, width={self.width:g}"
+        return f"{super().extra_repr()}, {self._describe_width()}"
 
 
 class SwitchableBatchNorm2d(_SlicedFeatures):

@@ -43,3 +43,9 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert "| least 0.000" in linear and "least" not in conv  # 480 products
     slimmable.main(["--seconds", "0", "--only", "linear 2"])
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_rows_of_mixed_widths(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(slimmable, "MIXED", [("slimmable_mobilenet_v2", 5)])
+    slimmable.main(["mixed", "--seconds", "0"])
+    assert capsys.readouterr().out.startswith("slimmable_mobilenet_v2 5 | ours ")

@@ -141,6 +141,28 @@ def test_slices_compute_the_same(name: str):
             gk.nn.set_width(narrow, width)
 
 
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", [*NAMES, *VITS])
+def test_every_sample_has_its_width(name: str, form: torch.memory_format):
+    """One call for a batch of samples of different widths, each as the network of its width computes it."""
+    net, images = small(name), torch.randn(6, 3, 16, 16).contiguous(memory_format=form)
+    if name not in VITS:
+        gk.calibrate_norms(net, [torch.randn(8, 3, 16, 16)], [0.25, 0.5, 1.0])
+    else:
+        nn.init.normal_(net.head.weight)
+    net.eval()
+    widths = [0.5, 1.0, 0.25, 0.25, 1.0, 0.5]
+    with torch.no_grad():
+        for each in (widths, torch.tensor(widths)):
+            with gk.width(net, each):
+                assert net.width == tuple(widths)
+                results = net(images)
+            assert net.width == 1.0
+            for i, width in enumerate(widths):
+                with gk.width(net, width):
+                    torch.testing.assert_close(results[i : i + 1], net(images[i : i + 1]), rtol=1e-4, atol=1e-4)
+
+
 def test_vit_slices_in_full_compute_the_same():
     net, images = small("slimmable_vit_tiny", slicing="full").eval(), torch.randn(2, 3, 16, 16)
     nn.init.normal_(net.head.weight)

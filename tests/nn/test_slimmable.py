@@ -292,6 +292,56 @@ def test_a_network_without_slimmable_layers():
         gk.nn.set_width(nn.Linear(2, 2), 0.5)
 
 
+def test_every_sample_has_its_width():
+    net = Small().eval()
+    gk.calibrate_norms(net, BATCHES, [0.7, 1.0])
+    x = BATCHES[0][:3]
+    with gk.width(net, 0.7), torch.no_grad():
+        narrow = net(x[:2])
+        inner = net.bn(net.conv(x[:2]))
+        with gk.width(net, torch.tensor([0.7, 0.7, 1.0])):  # of float32, whose 0.7 is a little less
+            assert net.bn.sample_widths == (0.7, 0.7, 1.0) and "widths of 3 samples" in repr(net.conv)
+            torch.testing.assert_close(net(x)[:2], narrow)
+            hidden = net.bn(net.conv(x))
+            torch.testing.assert_close(hidden[:2, :24], inner)
+            assert hidden.shape[1] == 32 and not hidden[:2, 24:].any() and hidden[2, 24:].any()
+            with gk.width(net, [1.0]):
+                assert net(x[:1]).shape == (1, 4)
+            assert net.conv.sample_widths == (0.7, 0.7, 1.0)
+        assert net.conv.width == 0.7 and not net.conv.sample_widths
+
+
+def test_what_widths_for_every_sample_are_refused():
+    net, x = Small().eval(), BATCHES[0][:2]
+    for width, message in (
+        (torch.tensor([[0.5]]), r"width must be a number or floats of shape \(N,\), got torch.float32 \(1, 1\)"),
+        (torch.tensor([1, 1]), r"width must be a number or floats of shape \(N,\), got torch.int64 \(2,\)"),
+        ([], "width must be a number or one for every sample, got none"),
+        ([0.5, 2.0], r"width must lie in \(0, 1\], got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gk.nn.set_width(net, width)
+    assert net.conv.width == 1.0 and not net.conv.sample_widths and not net.bn.sample_widths
+    others = nn.Sequential(SlimmableConv2d(3, 8, 1), SwitchableBatchNorm2d(8, [1.0]))
+    with pytest.raises(ValueError, match="width must be one number for SwitchableBatchNorm2d, got one for every"):
+        gk.nn.set_width(others, [1.0, 1.0])
+    assert not others[0].sample_widths
+    with pytest.raises(ValueError, match="width must be one number for a layer of 3 parts"):
+        SlimmableLinear(8, 24, parts=3).set_widths((0.5,))
+
+    with gk.width(net, [0.5, 1.0]):
+        with pytest.raises(ValueError, match=r"x must hold 2 samples, one for each width, got \(8, 3, 6, 6\)"):
+            net(BATCHES[0])
+        with pytest.raises(ValueError, match=r"width must have statistics, got 0\.5 without"):
+            net(x)
+        with pytest.raises(ValueError, match="width must be one number in training, got one for each of 2 samples"):
+            net.train()(x)
+        with pytest.raises(ValueError, match="width must be one number here, got one for each of 2 samples"):
+            gk.slice(net)
+        with pytest.raises(ValueError, match="width must be one number here, got one for each of 2 samples"):
+            gk.nn.count_flops(net.eval(), x)
+
+
 def test_calibration_averages_all_batches():
     net = Small().eval()
     gk.calibrate_norms(net, ((batch, None) for _ in range(2) for batch in BATCHES), [0.5, 1.0], limit=3)
