@@ -157,7 +157,7 @@ Tensor conv_out(const Tensor& given_x, const Tensor& weight, const MaybeTensor& 
 }
 
 Tensor gated_conv2d(const Tensor& given_x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& in_mask,
-                    const MaybeTensor& out_mask, int64_t stride, double threshold) {
+                    const MaybeTensor& out_mask, double threshold, int64_t stride) {
   check_float(given_x, 4), check_float(weight, 4);
   const MemoryFormat layout = layout_like(given_x);
   if (too_dense(out_mask ? out_mask : in_mask, threshold)) {  // with both, work is saved by the output channels

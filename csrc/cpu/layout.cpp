@@ -53,7 +53,7 @@ MemoryFormat layout_like(const Tensor& x) {
   return !x.is_contiguous() && is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-Tensor in_layout(const Tensor& images, MemoryFormat format) {
+Tensor in_layout(Tensor images, MemoryFormat format) {
   const bool to_channels_last = format == MemoryFormat::ChannelsLast;
   if (to_channels_last ? is_channels_last(images) : images.is_contiguous()) return images;
   const bool other = to_channels_last ? images.is_contiguous() : is_channels_last(images);

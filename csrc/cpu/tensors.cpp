@@ -29,10 +29,19 @@ Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, MemoryFormat
   return Tensor(made);
 }
 
-Plan::Plan(const Tensor& mask) : samples(mask.size(0)), channels(mask.size(1)) {
+namespace {
+
+const Tensor& decisions(const Tensor& mask) {
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.is_cpu(), "masks are bool, on the CPU");
-  const Tensor packed = row_major(mask);
-  const bool* from = packed.const_data_ptr<bool>();
+  return mask;
+}
+
+}  // namespace
+
+Plan::Plan(const Tensor& mask)
+    : Plan(row_major(decisions(mask)).const_data_ptr<bool>(), mask.size(0), mask.size(1)) {}
+
+Plan::Plan(const bool* from, int64_t samples_, int64_t channels_) : samples(samples_), channels(channels_) {
   own_index.resize(samples * channels);
   own_count.resize(samples);
   for (int64_t n = 0; n < samples; ++n, from += channels) {
