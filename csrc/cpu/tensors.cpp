@@ -123,13 +123,13 @@ int64_t grain_of(int64_t piece) {
 
 }  // namespace
 
-Tensor weight_rows(const Tensor& weight, const Plan& plan) {
+const float* weight_rows(const Tensor& weight, const Plan& plan) {
   const int64_t K = weight.size(0), C = weight.size(1), S = weight.size(2), T = weight.size(3);
-  if (is_channels_last(weight)) return weight;
-  const std::vector<int32_t> used = plan.uses();
-  Tensor packed = empty({K, C, S, T}, ScalarType::Float, MemoryFormat::ChannelsLast);
   const float* from = floats(weight);
-  float* to = packed.mutable_data_ptr<float>();
+  if (is_channels_last(weight)) return from;
+  const std::vector<int32_t> used = plan.uses();
+  static thread_local Kept kept;
+  float* const to = kept.reserve(K * C * S * T);
   const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
   torch::stable::parallel_for(0, K, grain_of(C * S * T), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
@@ -141,7 +141,7 @@ Tensor weight_rows(const Tensor& weight, const Plan& plan) {
       }
     }
   });
-  return packed;
+  return to;
 }
 
 namespace {
@@ -173,13 +173,13 @@ void transpose_filters(const Tensor& weight, int64_t k, int64_t first, int64_t l
 
 }  // namespace
 
-Tensor weight_blocks(const Tensor& weight, const Plan* plan, int64_t most) {
+const float* weight_blocks(const Tensor& weight, const Plan* plan, int64_t most) {
   const int64_t K = std::min(weight.size(0), most), C = weight.size(1), S = weight.size(2), T = weight.size(3);
   const int64_t taps = S * T, blocks = ceil_div(K, kBlock), strips = ceil_div(C, kTogether);
   const std::vector<int32_t> used = plan ? plan->uses() : std::vector<int32_t>(C, 1);
-  Tensor packed = empty({blocks, C, S, T, kBlock});
   const float* from = floats(weight);
-  float* to = packed.mutable_data_ptr<float>();
+  static thread_local Kept kept;
+  float* const to = kept.reserve(blocks * C * taps * kBlock);
   const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
   const bool in_rows = sc == 1 || (sc == taps && sr == T && ss == 1);
   // Filter by filter, some channels at a time: reads run along the filter, writes stay in the first-level cache.
@@ -204,7 +204,7 @@ Tensor weight_blocks(const Tensor& weight, const Plan* plan, int64_t most) {
       }
     }
   });
-  return packed;
+  return to;
 }
 
 InConv in_conv(const Tensor& x, const Geometry& size, const float* blocks, const float* bias, int64_t out_channels,
