@@ -286,9 +286,9 @@ Tensor functional_block(const Tensor& x, const Tensor& weight1, const MaybeTenso
                         const MaybeTensor& kept) {
   check_float(x, 4), check_float(weight1, 4), check_float(weight2, 4);
   const Plan plan(mask);
-  const float *rows1 = weight_rows(weight1, plan), *blocks2 = weight_blocks(weight2, &plan);
+  const PackedWeights rows1 = weight_rows(weight1, plan), blocks2 = weight_blocks(weight2, &plan);
   const MaybeTensor b1 = row_major(bias1), b2 = row_major(bias2);
-  return run_block(x, {rows1, nullptr, floats(b1)}, {blocks2, nullptr, floats(b2)}, weight1.size(0),
+  return run_block(x, {rows1.floats, nullptr, floats(b1)}, {blocks2.floats, nullptr, floats(b2)}, weight1.size(0),
                    weight2.size(0), plan, residual, stride, kept);
 }
 

@@ -83,11 +83,15 @@ struct Plan {
 Geometry geometry(const Tensor& x, int64_t taps, int64_t stride);
 
 // Weights in the two layouts of kernels.h, made from (K, C, S, S) of any strides, filled in where the plan has active
-// channels: output channels of rows, input channels of blocks (all, without a plan). They lie in the weights themselves
-// or in memory that the calling thread keeps until its next call.
-const float* weight_rows(const Tensor& weight, const Plan& plan);  // (K, S, S, C)
+// channels: output channels of rows, input channels of blocks (all, without a plan). They lie in the weights themselves,
+// in memory that the calling thread keeps until its next call, or in memory of their own.
+struct PackedWeights {
+  const float* floats;
+  Tensor memory;
+};
+PackedWeights weight_rows(const Tensor& weight, const Plan& plan);  // (K, S, S, C)
 // (K / kBlock, C, S, S, kBlock), of the first `most` output channels
-const float* weight_blocks(const Tensor& weight, const Plan* plan, int64_t most = INT64_MAX);
+PackedWeights weight_blocks(const Tensor& weight, const Plan* plan, int64_t most = INT64_MAX);
 
 InConv in_conv(const Tensor& x, const Geometry& size, const float* blocks, const float* bias, int64_t out_channels,
                bool gathered, bool relu);
