@@ -199,7 +199,7 @@ FUNCTIONALS = tuple(
 
 BACKWARDS = (
     *(BackwardCase("gated_block", *shape, 16, 0.3) for shape in SHAPES),
-    *(BackwardCase("gated_block", *shape, 1, 0.3) for shape in SHAPES),
+    *(BackwardCase("gated_block", *shape, 1, density) for density, shape in product((0.3, 0.5), SHAPES)),
     BackwardCase("gated_block", *SHAPES[0], 16, 1.0),
     *(BackwardCase("gated_conv2d", *shape, 16, 0.3) for shape in (SHAPES[0], SHAPES[2])),
 )
