@@ -84,6 +84,13 @@ void from_lanes(const float* lanes, int64_t count, float* filters, int64_t step)
   }
 }
 
+// The first of the channels [from, to) that some sample uses, or `to`. Filters that are used are rows in no order that a
+// processor foresees, read or written: each of them brings the next one.
+int64_t next_used(const std::vector<int32_t>& used, int64_t from, int64_t to) {
+  while (from < to && !used[from]) ++from;
+  return from;
+}
+
 }  // namespace
 
 TurnedFilters::TurnedFilters(const Tensor& given, const Plan& plan)
@@ -97,8 +104,9 @@ void TurnedFilters::block(int64_t block, int64_t from, int64_t to, float* turned
   const int64_t C = weight.size(1), taps = weight.size(2) * weight.size(3);
   const int64_t first = block * kBlock, lanes = std::min<int64_t>(kBlock, C - first);
   const float* filters = floats_ + first * taps;
-  for (int64_t k = from; k < to; ++k) {
-    if (!used[k]) continue;
+  for (int64_t k = next_used(used, from, to), next; k < to; k = next) {
+    next = next_used(used, k + 1, to);
+    if (!by_taps && next < to) bring(filters + next * C * taps, lanes * taps);
     float* row = turned + k * taps * kBlock;
     if (lanes < kBlock) std::fill_n(row, taps * kBlock, 0.0f);
     if (by_taps) {
@@ -320,9 +328,10 @@ class FilterGradient {
   void write(int64_t block, int64_t from, int64_t to, const float* sums) const {
     const int64_t first = block * kBlock, lanes = std::min<int64_t>(kBlock, lanes_ - first);
     if (input_lanes_) {
-      for (int64_t k = from; k < to; ++k) {
-        if (!used_[k]) continue;
+      for (int64_t k = next_used(used_, from, to), next; k < to; k = next) {
+        next = next_used(used_, k + 1, to);
         float* filter = out_ + (k * lanes_ + first) * taps_;
+        if (next < to) bring(filter + (next - k) * lanes_ * taps_, lanes * taps_);
         (taps_ == 9 ? from_lanes<9> : from_lanes<1>)(sums + (k - from) * taps_ * kBlock, lanes, filter, taps_);
       }
       return;
@@ -335,7 +344,11 @@ class FilterGradient {
       for (int64_t l = 0; l < lanes; l += kFilters) {
         const int64_t many = std::min(kFilters, lanes - l);
         float* filters = out_ + (first + l) * step + begin * taps_;
-        for (int64_t i = 0; i < many; ++i) std::fill_n(filters + i * step, (end - begin) * taps_, 0.0f);
+        for (int64_t i = 0; i < many; ++i) {
+          float* filter = filters + i * step;
+          if (l + i + kFilters < lanes) bring(filter + kFilters * step, (end - begin) * taps_);
+          std::fill_n(filter, (end - begin) * taps_, 0.0f);
+        }
         for (int64_t c = begin; c < end; ++c) {
           if (!used_[c]) continue;
           (taps_ == 9 ? from_lanes<9> : from_lanes<1>)(sums + (c - from) * taps_ * kBlock + l, many,
