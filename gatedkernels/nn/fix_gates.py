@@ -75,10 +75,12 @@ class _FixedMasks:
         return Gate(fixed, fixed.to(output.weight.dtype)) if isinstance(output, Gate) else fixed
 
     def of_packed(self, gate: PackedGate, batch: int) -> Tensor:
-        return self._mask((batch, gate.decisions), gate.bias2.device)
+        bias = gate.layers()[-1]
+        return self._mask((batch, bias.shape[0]), bias.device)
 
     def of_codebook(self, gate: PackedCodebookGate, batch: int) -> Codes:
-        return self._next((batch, gate.decisions), gate.bias2.device)
+        bias = gate.layers()[-1]
+        return self._next((batch, bias.shape[0]), bias.device)
 
     def _mask(self, shape: tuple[int, int], device: torch.device) -> Tensor:
         drawn = self._next(shape, device)

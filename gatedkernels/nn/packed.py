@@ -4,8 +4,8 @@ They keep the names inside the modules they replace, so that gates, masks and FL
 """
 
 import copy
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 # Without `default` each call would look for the overload, the only one, again: 0.2 µs.
 _channel_gate = torch.ops.gatedkernels.channel_gate.default
 _packed_conv2d = torch.ops.gatedkernels.packed_conv2d.default
-NATIVE = (torch.float32, torch.bfloat16)  # what the operators of gates and basic blocks serve
 _WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
+NATIVE = (torch.float32, torch.bfloat16)  # what the operators of gates and basic blocks serve
 
 
 class Packed(nn.Module):
@@ -67,6 +67,10 @@ class Packed(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, None if tensor is None else on_large_pages(tensor))
 
+    def kept(self, names: Iterable[str]) -> Iterator[Any]:
+        """The buffers of these names, without a module's search for attributes, which takes longer than an operator."""
+        return map(self._buffers.__getitem__, names)
+
 
 class PackedGate(Packed):
     """A gate, its normalisation folded; returns the mask alone."""
@@ -92,14 +96,9 @@ class PackedGate(Packed):
         self.fixed: Callable[[int], Any] | None = None
         self.eval()
 
-    @property
-    def decisions(self) -> int:
-        """How many channels, or groups of them, are decided about."""
-        return cast(Tensor, self._buffers["bias2"]).shape[0]
-
     def layers(self) -> list[Tensor]:
         """Weights and bias of the hidden layer and of the last one."""
-        return list(map(self._buffers.__getitem__, _WEIGHTS))  # type: ignore[arg-type]
+        return list(self.kept(_WEIGHTS))
 
     def forward(self, x: Tensor) -> Tensor:
         """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""

@@ -29,11 +29,12 @@ from gatedkernels.ops.packed import (
 )
 
 _ops = torch.ops.gatedkernels
-# A packet of overloads, asked for one at each call, takes 0.2 µs more than its only one.
+# Without `default` each call would look for the overload, the only one, again: 0.2 µs.
 _packed_block, _packed_residual = _ops.packed_block.default, _ops.packed_residual.default
 _packed_bottleneck = _ops.packed_bottleneck.default
-_WEIGHTS = ("weight1", "bias1", "weight2", "bias2")  # of a gate, and of a block
-_BLOCK_WEIGHTS = (*_WEIGHTS, "tiles1", "tiles2")
+_NO_GATE = (None, None, None, None)  # its layers
+_CONV = ("weight", "bias")
+_BLOCK_WEIGHTS = ("weight1", "bias1", "weight2", "bias2", "tiles1", "tiles2")
 
 
 class PackedResidual(Packed):
@@ -66,6 +67,13 @@ class PackedResidual(Packed):
     def _decide(self, name: str, x: Tensor) -> Tensor | None:
         gate = self._modules[name]
         return None if gate is None else gate(x)
+
+    def _weight(self) -> Tensor:
+        return cast(Tensor, self._buffers["weight1"])  # as `kept` does it
+
+    def _shortcut(self) -> Iterable[Tensor | None]:
+        downsample = self.downsample
+        return (None, None) if downsample is None else downsample.kept(_CONV)
 
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
         """Cost of the convolutions, without the gates'; see `gatedkernels.nn.flops`."""
@@ -119,7 +127,7 @@ class PackedBasicBlock(PackedResidual):
     ) -> Tensor | tuple[Tensor, Gate | None]:
         """Run the block; arguments and result are those of `GatedBasicBlock`."""
         shape = self.shapes[0]
-        check_images(x, shape.in_channels, self.weight1, self.stored)
+        check_images(x, shape.in_channels, self._weight(), self.stored)
         if mask is not None or branch is not None:
             self._check(x, branch, (mask,))
         x = self._as_computed(x)
@@ -133,8 +141,7 @@ class PackedBasicBlock(PackedResidual):
             opened = spread(mask, shape.out_channels)
         residual = x if self.downsample is None else self.downsample(x)
         if x.dtype in NATIVE and shape.stride in ((1, 1), (2, 2)):
-            weights = map(self._buffers.__getitem__, _BLOCK_WEIGHTS)  # the attributes, without the search for them
-            y = _packed_block(x, *weights, opened, residual, shape.stride[0])
+            y = _packed_block(x, *self.kept(_BLOCK_WEIGHTS), opened, residual, shape.stride[0])
         else:
             weight2 = unpack_blocks(self.weight2, len(self.bias2))
             y = gated_block(
@@ -150,21 +157,16 @@ class PackedBasicBlock(PackedResidual):
     def _is_plain(self) -> bool:
         downsample = self.downsample
         return (
-            self.weight1.dtype in NATIVE
+            self._weight().dtype in NATIVE
             and self.shapes[0].stride in ((1, 1), (2, 2))
             and (downsample is None or (downsample.is_packed and downsample.extra_padding == 0))
         )
 
     def parts(self) -> tuple[Tensor | None, ...]:
         """What these operators take of it: the gate's weights, the block's own, and the shortcut's."""
-        gate = self._modules["gate"]
-        decision = (None,) * len(_WEIGHTS) if gate is None else map(gate._buffers.__getitem__, _WEIGHTS)
-        weights = map(self._buffers.__getitem__, _BLOCK_WEIGHTS)  # the attributes, without the search for them
-        return *decision, *weights, *self._shortcut()
-
-    def _shortcut(self) -> tuple[Tensor | None, Tensor | None]:
-        downsample = self.downsample
-        return (None, None) if downsample is None else (downsample.weight, downsample.bias)
+        gate = cast(PackedGate | None, self._modules["gate"])
+        decision = _NO_GATE if gate is None else gate.layers()
+        return *decision, *self.kept(_BLOCK_WEIGHTS), *self._shortcut()
 
     def given_mask(self, x: Tensor) -> Tensor | None:
         """What is opened for these images instead of the gate's decision, if anything; see `fix_gates`."""
@@ -178,18 +180,17 @@ class PackedBasicBlock(PackedResidual):
             gate is not None
             and not _is_heard(gate)
             and (downsample is None or not _is_heard(downsample))
-            and (self._is_plain() if self.weight1.is_cuda else self.is_simple())
+            and (self._is_plain() if self._weight().is_cuda else self.is_simple())
         )
 
     def _run(self, x: Tensor) -> Tensor:
-        gate = self._modules["gate"]
+        gate = cast(PackedGate, self._modules["gate"])
         if isinstance(gate, PackedCodebookGate):
             return self._run_coded(x, gate)
         fixed = self.given_mask(x)
         if fixed is None and self.downsample is None:
             # What is left out costs the call nothing, what is None as much as a tensor.
-            weights = map(self._buffers.__getitem__, _BLOCK_WEIGHTS)
-            return _packed_residual(x, *gate.layers(), *weights)
+            return _packed_residual(x, *gate.layers(), *self.kept(_BLOCK_WEIGHTS))
         return _packed_residual(x, *self.parts(), fixed, self.shapes[0].stride[0])
 
     def chains(self, x: Tensor, branch: Branch | None) -> bool:
@@ -271,7 +272,7 @@ class PackedBottleneck(PackedResidual):
         return_gate: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Gate | None, Gate | None]]:
         """Run the block; arguments and result are those of `GatedBottleneck`."""
-        check_images(x, self.shapes[0].in_channels, self.weight1, self.stored)
+        check_images(x, self.shapes[0].in_channels, self._weight(), self.stored)
         if mask is not None and (not isinstance(mask, tuple) or len(mask) != 2):
             raise TypeError(f"mask must be a pair, one for each gate, got {type(mask).__name__}")
         brought = mask or (None, None)
@@ -310,13 +311,14 @@ class PackedBottleneck(PackedResidual):
         for i, name in enumerate(self.gate_names):
             gate = cast(PackedGate | None, self._modules[name])
             if gate is None or masks[i] is not None:
-                parts += (None,) * len(_WEIGHTS)
+                parts += _NO_GATE
             else:
                 parts += gate.layers()
                 masks[i] = None if gate.fixed is None else gate.fixed(x.shape[0])
-        parts += (self.weight1, self.bias1, self.conv2.weight, self.conv2.bias, self.conv3.weight, self.conv3.bias)
-        parts += (None, None) if self.downsample is None else (self.downsample.weight, self.downsample.bias)
-        return parts, masks
+        parts += self.kept(("weight1", "bias1"))
+        for conv in (self.conv2, self.conv3):
+            parts += conv.kept(_CONV)
+        return [*parts, *self._shortcut()], masks
 
     def _run(
         self, x: Tensor, brought: tuple[Tensor | None, Tensor | None]
