@@ -1,7 +1,8 @@
 """What a call costs where there is nothing to compute: ``python -m bench.dispatch``.
 
-Operators, as modules and functions call them, and the functions; empty batches of 32 channels. Microseconds in inference mode and otherwise, the smallest of 40 means of 100 calls: what
-the processor does beside makes a mean larger, and never smaller.
+Operators, as modules and functions call them, and the functions, on empty batches of 32 channels. Microseconds in
+inference mode and otherwise, the smallest of 40 means of 100 calls: what the processor does beside makes a mean larger,
+and never smaller.
 """
 
 import argparse

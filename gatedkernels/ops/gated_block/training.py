@@ -47,7 +47,7 @@ def _forward(
     refuse("cpu", policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1))
     form = arguments.memory_format(x)
     if not dense:
-        y, hidden = torch.ops.gatedkernels.gated_block_kept_cpu.default(
+        y, hidden = torch.ops.gatedkernels.gated_block_kept_cpu(
             x, weight1, bias1, weight2, bias2, mask, residual, stride[0]
         )
         return y.contiguous(memory_format=form), hidden
@@ -108,7 +108,7 @@ def _gradients(
         last = torch.ops.aten.threshold_backward(dy, y, 0)
         gradients = *_backward_dense(last, x, hidden, weight1, weight2, stride, (input, filters1, filters2)), last
     else:
-        gradients = torch.ops.gatedkernels.gated_block_backward_cpu.default(
+        gradients = torch.ops.gatedkernels.gated_block_backward_cpu(
             dy, y, x, hidden, weight1, weight2, mask, stride[0], input, filters1, filters2
         )
         if form == torch.channels_last and input and filters1 and filters2:
