@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gatedkernels import _extension, policy, thresholds
+from gatedkernels._checks import check_int, check_number
 from gatedkernels.ops._backends import ALWAYS
 from gatedkernels.reporting.timing import Timing, interleave, use_threads
 
@@ -77,14 +78,16 @@ def calibrate(
     Raises:
         RuntimeError: If there are no kernels for the device, or no such device.
         OSError: If the folder cannot be written.
-        ValueError: If an argument is not positive, or a newer gatedkernels wrote the file.
+        TypeError: If an argument is none of these.
+        ValueError: If an argument is not positive, the device is neither a CPU nor a CUDA device, or a newer
+            gatedkernels wrote the file.
     """
     for name, values in (("channels", channels), ("pixels", pixels)):
-        if values is not None and (not values or min(values) < 1):
-            raise ValueError(f"{name} must hold positive numbers, got {tuple(values)}")
-    if not seconds > 0:
-        raise ValueError(f"seconds must be positive, got {seconds}")
-    place = torch.device(device)
+        if values is not None:
+            _check_list(name, values)
+    check_int("threads", threads, optional=True)
+    check_number("seconds", seconds, above=0)
+    place = _device(device)
     _check_device(place)
     thresholds.check_writable()
     if place.type == "cuda":
@@ -97,6 +100,24 @@ def calibrate(
 
 
 Progress = Callable[[str], None] | None
+
+
+def _check_list(name: str, values: Sequence[int]) -> None:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name} must be a sequence of ints, got {values!r}")
+    if not values:
+        raise ValueError(f"{name} must hold at least one int, got none")
+    for i, value in enumerate(values):
+        check_int(f"{name}[{i}]", value)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device must be a torch.device or its name, got {device!r}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a CPU or a CUDA device, got {device!r}") from error
 
 
 def _check_device(device: torch.device) -> None:

@@ -1,18 +1,19 @@
 """The ``gatedkernels`` command: demo, train, evaluate, masks, report, calibrate, tune, doctor."""
 
 import inspect
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from gatedkernels import __version__
-from gatedkernels.training.config import CONFIGS, OPTIONS, Device, Measure
+from gatedkernels.cli_options import as_typed, declare_options, problem_of
+from gatedkernels.training.config import Device, Measure
 from gatedkernels.training.errors import DataError, RunError, TrainingError
 from gatedkernels.training.recipes import RECIPES, make_config
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # whose boxes leave the words of an option a fifth of a terminal
 )
 
 _TRAIN_PACKAGES = {"PIL", "lightning", "matplotlib", "safetensors", "sklearn", "torchvision"}
@@ -45,7 +47,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (DataError, RunError, TrainingError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(f"error: {as_typed(str(error))}", fg="red", err=True)
         raise SystemExit(1) from error
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _TRAIN_PACKAGES:
@@ -73,14 +75,16 @@ def train(context: typer.Context, recipe: str, run_dir: Path, resume: bool, **op
     """Train a recipe; every option changes one value of it.
 
     The run can be killed at any time; --resume continues it after its last finished epoch, to the same losses.
+
+    Defaults are those of vicreg-dual, us3l and us-net; docs/recipes.md says what the other recipes change. An option
+    that names some recipes belongs to them and their kin alone.
     """
     from gatedkernels.training.run import train_run
     from gatedkernels.training.run_folder import RunFolder
 
-    if context.args:
-        known = ", ".join(f"--{item.name.replace('_', '-')}" for item in OPTIONS.values())
-        raise typer.BadParameter(f"{context.args[0]} is none of the options --run-dir, --resume, {known}")
     given = {name: value for name, value in options.items() if value is not None}
+    if problem := problem_of(recipe, given, context.args):
+        raise typer.BadParameter(problem)
     try:
         if resume:
             stored = RunFolder(run_dir).read_config()
@@ -89,7 +93,7 @@ def train(context: typer.Context, recipe: str, run_dir: Path, resume: bool, **op
         else:
             config = make_config(recipe, **given)
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(as_typed(str(error))) from error
     try:
         train_run(config, run_dir, resume=resume)
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the one into the other
@@ -98,39 +102,13 @@ def train(context: typer.Context, recipe: str, run_dir: Path, resume: bool, **op
     typer.echo(f"Trained. Next: gatedkernels evaluate {run_dir}")
 
 
-def _declare_options() -> inspect.Signature:
-    """Give ``train`` an option for every field of every configuration, none of them set."""
-    recipe = typer.Argument(help=f"What to run: {', '.join(RECIPES)}.", show_default=False)
-    run_dir = typer.Option(help="Folder of the run; new, unless the run is resumed.", show_default=False)
-    resume = typer.Option("--resume", help="Continue after the last finished epoch.")
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter("context", kind, annotation=typer.Context),
-        inspect.Parameter("recipe", kind, annotation=Annotated[str, recipe]),
-        inspect.Parameter("run_dir", kind, annotation=Annotated[Path, run_dir]),
-        inspect.Parameter("resume", kind, default=False, annotation=Annotated[bool, resume]),
-    ]
-    types = {name: hint for each in CONFIGS for name, hint in get_type_hints(each, include_extras=True).items()}
-    for name in OPTIONS:
-        annotation, text = get_args(types[name])
-        option = typer.Option(help=f"{text} {_defaults(name)}.", show_default=False)
-        parameters.append(inspect.Parameter(name, kind, default=None, annotation=Annotated[annotation | None, option]))
-    return inspect.Signature(parameters)
-
-
-def _defaults(name: str) -> str:
-    """Say what an option is in the recipes that have the defaults of their configuration."""
-    found = {}
-    for config in CONFIGS:
-        values = {item.name: item.default for item in fields(config)}
-        if name in values:
-            found[str(values["recipe"])] = "none" if values[name] is None else values[name]
-    return ", ".join(f"{recipe}: {value}" for recipe, value in found.items())
-
-
-train.__signature__ = _declare_options()  # type: ignore[attr-defined]
+train.__signature__ = declare_options()  # type: ignore[attr-defined]
 train.__annotations__ = {name: parameter.annotation for name, parameter in train.__signature__.parameters.items()}  # type: ignore[attr-defined]
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+_RECIPES = textwrap.fill(", ".join(RECIPES), 76, break_on_hyphens=False)
+app.command(
+    help=f"{inspect.getdoc(train)}\n\n\b\nRecipes:\n{_RECIPES}",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(train)
 
 
 @app.command()
@@ -144,15 +122,24 @@ def evaluate(
         bool, typer.Option("--augmented", help="Linear probe on new crops in each epoch, as published; slow.")
     ] = False,
     width: Annotated[
-        list[float] | None, typer.Option(min=0.05, max=1.0, help="Widths of a slimmable network, one or several.")
+        list[float] | None,
+        typer.Option(
+            metavar="SHARE",
+            min=0.05,
+            max=1.0,
+            show_default=False,
+            help="At which share of its channels to run a slimmable network, whatever --width it was trained with; "
+            "again for several. Default: 0.25, 0.5, 0.75 and 1.",
+        ),
     ] = None,
     data_dir: DataDir = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
     device: OnDevice = "auto",
 ) -> None:
-    """Measure a run beside an untrained network and the pixels; everything if nothing is chosen.
+    """Measure a run's accuracy beside an untrained network's.
 
-    A gated network is measured in both branches, a slimmable one at each width, with multiply-adds and milliseconds.
+    And beside that of the raw pixels; by every measure if none is chosen. A gated network is measured in both branches,
+    a slimmable one at each width, with multiply-adds and milliseconds.
     """
     from gatedkernels.demo import accuracy_table
     from gatedkernels.training.run import evaluate_run, is_slimmable_run
@@ -197,11 +184,16 @@ def masks(
     limit: Annotated[int, typer.Option(min=8, help="Test images to look at.")] = 1024,
     data_dir: DataDir = None,
 ) -> None:
-    """Describe the masks of a run on its test images, and store some for benchmarks to replay."""
+    """Describe a run's masks on its test images, and store some.
+
+    The stored ones are for benchmarks to replay.
+    """
+    from gatedkernels.reporting.tables import terminal_table
     from gatedkernels.training.run import masks_of_run
 
     report = masks_of_run(run, out, limit=limit, data_dir=data_dir)
-    table = Table("gate", "density", "always on", "always off", "union of 8", "sorted", title="Open channels")
+    columns = ("gate", "density", "always on", "always off", "union of 8", "sorted")
+    table = terminal_table(columns, title="Open channels")
     for name, gate in report["gates"].items():
         union = gate["union"]
         shares = (gate["density"], gate["always_on"], gate["always_off"], union["in_order"]["8"], union["sorted"]["8"])
@@ -216,7 +208,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the run and its report.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Decides everything random.")] = 0,
 ) -> None:
-    """Train on handwritten digits, evaluate and time: the whole story in minutes on two cores."""
+    """Train on handwritten digits, evaluate and time.
+
+    The whole story in minutes on two cores.
+    """
     from gatedkernels.demo import run_demo
 
     run_demo(out, seed=seed)
@@ -229,7 +224,10 @@ def report(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
     batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes, one or several: 1 16 256.")] = None,
 ) -> None:
-    """Say what a run's FLOP savings bought in milliseconds, layer by layer and in all."""
+    """Say what a run's saved FLOPs bought in milliseconds.
+
+    Layer by layer and in all.
+    """
     if wrong := [word for word in context.args if not word.isdecimal() or int(word) == 0]:
         raise typer.BadParameter(f"batch sizes must be positive whole numbers, got {wrong[0]!r}")
     batch_sizes = (*(batch_size or ()), *map(int, context.args)) or (1, 16)
@@ -246,7 +244,10 @@ def calibrate(
     seconds: Annotated[float, typer.Option(help="Seconds for each of some two hundred classes of calls.")] = 0.2,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Whose kernels; a thousand classes on cuda.")] = "cpu",
 ) -> None:
-    """Measure up to which density the gated kernels beat dense ones here, and use that from now on."""
+    """Measure up to which density gated kernels serve here.
+
+    From there on PyTorch's dense ones are faster. What is measured is stored, and used from now on.
+    """
     from gatedkernels import calibration, thresholds
 
     try:
@@ -272,7 +273,10 @@ def tune(
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Numbers to compute with.")
     ] = "float32",
 ) -> None:
-    """Measure which tiles a run's network runs fastest with on this GPU, and use them from now on."""
+    """Measure which tiles a run is fastest with on this GPU.
+
+    What is measured is stored, and used from now on.
+    """
     from gatedkernels.reporting import command
 
     command.tune(run, batch_sizes=batch_size or (1, 16), dtype=dtype)
@@ -280,7 +284,10 @@ def tune(
 
 @app.command()
 def doctor() -> None:
-    """Say which versions, libraries, instruction sets and GPUs there are, and what is missing."""
+    """Say what there is and what is missing.
+
+    Versions, libraries, instruction sets, GPUs, and the thresholds in effect.
+    """
     from gatedkernels.reporting import command
 
     command.doctor()

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from gatedkernels.models import GatedResNet, gated_resnet18
 from gatedkernels.reporting import latency_rows, speedup_plot
+from gatedkernels.reporting.tables import terminal_table
 from gatedkernels.training.augment import plain_view
 from gatedkernels.training.config import TrainConfig
 from gatedkernels.training.data import Data
@@ -75,7 +76,7 @@ def accuracy_table(report: dict[str, Any]) -> Table:
     """Lay out accuracies, one row a representation."""
     accuracy = report["accuracy"]
     measures = list(dict.fromkeys(name for scores in accuracy.values() for name in scores))
-    table = Table("representation", *measures, title=f"Accuracy on {report['data']['name']}")
+    table = terminal_table(["representation", *measures], title=f"Accuracy on {report['data']['name']}")
     for name, scores in accuracy.items():
         cells = (f"{scores[measure]:.3f}" if measure in scores else "" for measure in measures)
         table.add_row(name.replace("_", " "), *cells)
@@ -84,7 +85,7 @@ def accuracy_table(report: dict[str, Any]) -> Table:
 
 def latency_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Lay out latencies, one row a measurement."""
-    table = Table(*_LATENCY_COLUMNS, title="Milliseconds a batch")
+    table = terminal_table(_LATENCY_COLUMNS, title="Milliseconds a batch", words=["masks"])
     for row in rows:
         table.add_row(*_latency_cells(row))
     return table

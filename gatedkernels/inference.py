@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedkernels import _extension
+from gatedkernels._checks import check_module, check_type
 from gatedkernels.nn import (
     Branch,
     GatedBasicBlock,
@@ -125,12 +126,13 @@ def optimize(model: nn.Module, example: Tensor, branch: Branch = "gated") -> nn.
         A module that computes the same from the same input, for evaluation only: ``train()`` raises.
 
     Raises:
-        TypeError: If the model is no module.
-        ValueError: If the model is in training mode, holds nothing that is gated, or the branch does not exist.
+        TypeError: If the model is no module, or the example no tensor.
+        ValueError: If the model is in training mode, holds nothing that is gated, or refuses the example, or the branch
+            does not exist.
     """
     check_branch(branch)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
+    check_type("example", example, Tensor, "a tensor of images")
     if any(module.training for module in model.modules()):
         raise ValueError("model must be in evaluation mode, got one in training: call model.eval() first")
     if any(isinstance(module, Packed) for module in model.modules()):
@@ -146,6 +148,9 @@ def optimize(model: nn.Module, example: Tensor, branch: Branch = "gated") -> nn.
             cast(Any, fast).default_branch = branch
         for parameter in fast.parameters():
             parameter.requires_grad_(False)
-        _run_once(fast, example)
+        try:
+            _run_once(fast, example)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"example must be a batch that the model takes, got a refusal: {error}") from error
     _join(fast)
     return fast.eval()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gatedkernels import policy
+from gatedkernels._checks import check_module
 from gatedkernels.reporting.timing import Timing
 
 Call = Callable[[], None]
@@ -73,11 +74,13 @@ def tune(
         What was measured, one for each shape.
 
     Raises:
+        TypeError: If the model is no module.
         RuntimeError: If there is no CUDA device, or the package triton is not installed.
         ValueError: If the example is not on a CUDA device, the model runs no Triton convolution, or a newer
             gatedkernels wrote the file.
         OSError: If the folder cannot be written.
     """
+    check_module("model", model)
     inputs = example if isinstance(example, tuple) else (example,)
     device = _device(inputs, timer is not None)
     from gatedkernels.ops.ragged import launch, measured  # importing the package imports no Triton

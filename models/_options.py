@@ -1,20 +1,38 @@
-"""What the networks ask of their options alike, and how their convolutions start."""
+"""What the networks ask of their options and images alike, and how their convolutions start."""
 
-from typing import Any, get_args
+from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Raise ``ValueError`` unless an option is one of a ``Literal``."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
+from gatedkernels._checks import check_int, check_type
+from gatedkernels.nn.inputs import check_images
 
 
-def check_num_classes(num_classes: int | None) -> None:
-    """Raise ``ValueError`` unless a classifier has outputs, or there is none."""
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes must be positive or None, got {num_classes}")
+def check_block(block: object, kinds: tuple[type, ...]) -> None:
+    """Raise ``TypeError`` unless a network's blocks are of one of these classes, or of one derived from it."""
+    if not isinstance(block, type) or not issubclass(block, kinds):
+        raise TypeError(f"block must be one of {', '.join(kind.__name__ for kind in kinds)}, got {block!r}")
+
+
+def check_layers(layers: Sequence[int], stages: int) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless these are numbers of blocks, one for each stage."""
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise TypeError(f"layers must be a sequence of {stages} ints, got {layers!r}")
+    if len(layers) != stages:
+        raise ValueError(f"layers must hold {stages} ints, got {layers!r}")
+    for i, depth in enumerate(layers):
+        check_int(f"layers[{i}]", depth)
+
+
+def check_network_input(x: Tensor, first: nn.Module) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for images that a network's first convolution would stumble over.
+
+    Where it was replaced, as `gatedkernels.optimize` does, its successor knows what it takes.
+    """
+    if isinstance(first, nn.Conv2d):
+        check_images(x, first.in_channels, first.weight)
+    else:
+        check_type("x", x, Tensor, "a tensor")
 
 
 def start_convolutions(network: nn.Module) -> None:

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import nn
 
+from gatedkernels._checks import check_int, check_number, check_sizes
 from gatedkernels.models.gated_resnet import GatedResNet, Stem
 from gatedkernels.models.torchvision_weights import load_torchvision
 from gatedkernels.nn import (
@@ -52,11 +53,12 @@ def gate(
         The gated network, with dtype, device and training mode of ``model``.
 
     Raises:
-        TypeError: If the model is not a torchvision ResNet, or is a variant with no gated twin.
+        TypeError: If the model is not a torchvision ResNet, or is a variant with no gated twin, or a number is none.
         ValueError: If the budget is not reachable, or ``group`` does not divide a width.
     """
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget must lie in (0, 1], got {budget}")
+    check_number("budget", budget, above=0, at_most=1)
+    check_sizes(group=group)
+    check_int("codebook", codebook, optional=True)
     block, stem = _recognise(model)
     stages = [model.get_submodule(f"layer{i}") for i in (1, 2, 3, 4)]
     conv1 = model.get_submodule("conv1")

@@ -5,7 +5,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from gatedkernels.models._options import check_choice, check_num_classes, start_convolutions
+from gatedkernels._checks import check_choice, check_int, check_number, check_type
+from gatedkernels.models._options import check_block, check_layers, check_network_input, start_convolutions
 from gatedkernels.models._registry import register_model
 from gatedkernels.nn import Branch, Gate, GatedBasicBlock, GatedBottleneck, check_branch, gate_key, run_blocks
 from gatedkernels.nn.packed_trunk import PackedTrunk
@@ -38,7 +39,9 @@ class GatedResNet(nn.Module):
             gates decide about every channel by itself.
 
     Raises:
-        ValueError: If the stem does not exist, a size is out of range, or ``group`` does not divide a width.
+        TypeError: If the block is no such class, or a number none.
+        ValueError: If the stem does not exist, there are not four ``layers``, a size is out of range, or ``group`` does
+            not divide a width.
     """
 
     # Convolution, normalisation, activation and pooling before the blocks, for `optimize` to fold into one.
@@ -63,10 +66,12 @@ class GatedResNet(nn.Module):
         codebook: int | None = None,
     ) -> None:
         super().__init__()
+        check_block(block, (GatedBasicBlock, GatedBottleneck))
+        check_layers(layers, len(_STAGES))
         check_choice("stem", stem, Stem)
-        if stem_padding < 0:
-            raise ValueError(f"stem_padding must be at least 0, got {stem_padding}")
-        check_num_classes(num_classes)
+        check_int("stem_padding", stem_padding, 0)
+        check_int("num_classes", num_classes, optional=True)
+        check_number("width", width, above=0)
         planes = round(64 * width)
         if planes < 1:
             raise ValueError(f"width must leave at least one of 64 channels, got {width}")
@@ -121,15 +126,16 @@ class GatedResNet(nn.Module):
             decisions by gate key, none in the dense branch.
 
         Raises:
-            TypeError: If a mask is not a bool tensor.
-            ValueError: If the branch does not exist, is dense and masks are given, a key names no gate, or shapes
-                disagree.
+            TypeError: If a mask is not a bool tensor, ``masks`` no mapping, or ``x`` no tensor of the network's dtype.
+            ValueError: If the branch does not exist, is dense and masks are given, a key names no gate, or shapes or
+                devices disagree.
         """
         branch = branch or self.default_branch
         check_branch(branch)
         masks = self._check_masks(branch, masks)
         if self.trunk and branch == self.default_branch and not (masks or return_gates) and self.trunk.takes(x):
             return self.fc(self.trunk(x))
+        check_network_input(x, self.conv1)
         gates: dict[str, Gate] = {}
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         blocks = self.blocks()
@@ -147,6 +153,9 @@ class GatedResNet(nn.Module):
         return (y, gates) if return_gates else y
 
     def _check_masks(self, branch: Branch, masks: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        if masks is None:
+            return {}
+        check_type("masks", masks, Mapping, "a mapping of masks by gate key")
         if not masks:
             return {}
         if branch == "dense":

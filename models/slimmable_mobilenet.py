@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedkernels.models._options import check_choice, check_num_classes, start_convolutions
+from gatedkernels._checks import check_choice, check_int, check_number, check_sizes
+from gatedkernels.models._options import start_convolutions
 from gatedkernels.models._registry import register_model
 from gatedkernels.models.gated_resnet import Stem
 from gatedkernels.models.slimmable_resnet import Norm, make_norm
 from gatedkernels.nn import SlimmableConv2d, SlimmableNetwork
+from gatedkernels.nn.slimmable import check_widths
 
 # Expansion, channels, blocks, stride of the first one: Sandler et al., "MobileNetV2", CVPR 2018, table 2
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -83,6 +85,7 @@ class SlimmableMobileNetV2(SlimmableNetwork):
         divisor: Numbers of channels are rounded to multiples of it.
 
     Raises:
+        TypeError: If a number is none, or ``widths`` are no sequence.
         ValueError: If a stem or norm does not exist or a number is out of range.
 
     Source:
@@ -105,7 +108,10 @@ class SlimmableMobileNetV2(SlimmableNetwork):
     ) -> None:
         super().__init__()
         check_choice("stem", stem, Stem)
-        check_num_classes(num_classes)
+        check_int("num_classes", num_classes, optional=True)
+        check_number("dropout", dropout, at_least=0, at_most=1)
+        check_widths(widths)
+        check_sizes(divisor=divisor)
         layers = _Layers(norm, widths, track_running_stats, divisor)
         first = layers(3, _STEM, 3, 1 if stem == "cifar" else 2, slices=(False, True))
         features: list[nn.Module] = [nn.Sequential(*first, nn.ReLU6(inplace=True))]
@@ -137,6 +143,11 @@ class SlimmableMobileNetV2(SlimmableNetwork):
 
         Returns:
             Logits, shape (N, num_classes), or features, shape (N, 1280).
+
+        Raises:
+            TypeError: If ``x`` is no tensor of the network's dtype.
+            ValueError: If it has another shape, lies on another device, or a normalisation has no statistics for the
+                width in evaluation.
         """
         return self.classifier(torch.flatten(nn.functional.adaptive_avg_pool2d(self.features(x), 1), 1))
 

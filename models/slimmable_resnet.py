@@ -5,7 +5,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from gatedkernels.models._options import check_choice, check_num_classes, start_convolutions
+from gatedkernels._checks import check_choice, check_int, check_sizes
+from gatedkernels.models._options import check_block, check_layers, start_convolutions
 from gatedkernels.models._registry import register_model
 from gatedkernels.models.gated_resnet import Stem
 from gatedkernels.nn import (
@@ -18,6 +19,7 @@ from gatedkernels.nn import (
     SwitchableBatchNorm2d,
 )
 from gatedkernels.nn.packed_trunk import PackedTrunk
+from gatedkernels.nn.slimmable import check_widths
 
 Norm = Literal["shared", "switchable"]
 
@@ -58,7 +60,8 @@ class SlimmableResNet(SlimmableNetwork):
         divisor: Numbers of channels are rounded to multiples of it.
 
     Raises:
-        ValueError: If a stem or norm does not exist or a number is out of range.
+        TypeError: If the block is no such class, a number none, or ``widths`` are no sequence.
+        ValueError: If a stem or norm does not exist, there are not four ``layers``, or a number is out of range.
 
     Source:
         Yu et al., "Slimmable Neural Networks", ICLR 2019; Cao et al., US3L, CVPR 2023.
@@ -85,12 +88,13 @@ class SlimmableResNet(SlimmableNetwork):
         divisor: int = 8,
     ) -> None:
         super().__init__()
+        check_block(block, (SlimmableBasicBlock, SlimmableBottleneck))
+        check_layers(layers, len(_STAGES))
         check_choice("stem", stem, Stem)
-        if stem_padding < 0:
-            raise ValueError(f"stem_padding must be at least 0, got {stem_padding}")
-        check_num_classes(num_classes)
-        if channels < 1:
-            raise ValueError(f"channels must be positive, got {channels}")
+        check_int("stem_padding", stem_padding, 0)
+        check_int("num_classes", num_classes, optional=True)
+        check_widths(widths)
+        check_sizes(channels=channels, divisor=divisor)
 
         def normalise(features: int) -> nn.Module:
             return make_norm(features, norm, widths, track_running_stats, divisor=divisor)
@@ -127,6 +131,11 @@ class SlimmableResNet(SlimmableNetwork):
 
         Returns:
             Logits, shape (N, num_classes), or features, of as many dimensions as the last stage has channels.
+
+        Raises:
+            TypeError: If ``x`` is no tensor of the network's dtype.
+            ValueError: If it has another shape, lies on another device, or a normalisation has no statistics for the
+                width in evaluation.
         """
         if self.trunk and self.trunk.takes(x):
             return self.fc(self.trunk(x))

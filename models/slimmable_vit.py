@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from gatedkernels.models._options import check_choice, check_num_classes
+from gatedkernels._checks import check_choice, check_int, check_sizes, check_type
 from gatedkernels.models._registry import register_model
 from gatedkernels.nn import SlimmableConv2d, SlimmableLayerNorm, SlimmableLinear, SlimmableNetwork
 
@@ -78,10 +78,11 @@ def _norm(dim: int, norm: type[SlimmableLayerNorm] | None, divisor: int) -> nn.M
 def sincos_position(rows: int, columns: int, dim: int) -> Tensor:
     """Fixed position embeddings of a grid of patches and of the class token before them, shape (1, 1 + patches, dim).
 
-    Source: Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers" (MoCo v3), ICCV 2021.
-
     Raises:
         ValueError: If ``dim`` is no multiple of four: sine and cosine for each direction.
+
+    Source:
+        Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers" (MoCo v3), ICCV 2021.
     """
     if dim % 4:
         raise ValueError(f"dim must be a multiple of 4, got {dim}")
@@ -111,7 +112,8 @@ class SlimmableViT(SlimmableNetwork):
         learned_position: Whether position embeddings are learned, or fixed sines and cosines as in MoCo v3.
 
     Raises:
-        ValueError: If the slicing does not exist, or a size does not divide another.
+        TypeError: If a number is none.
+        ValueError: If the slicing does not exist, a size is not positive, or a size does not divide another.
 
     Source:
         Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; Cao et al., US3L, CVPR 2023.
@@ -131,11 +133,12 @@ class SlimmableViT(SlimmableNetwork):
     ) -> None:
         super().__init__()
         check_choice("slicing", slicing, Slicing)
+        check_sizes(dim=dim, depth=depth, heads=heads, image_size=image_size, patch_size=patch_size)
+        check_int("num_classes", num_classes, optional=True)
         if dim % heads:
             raise ValueError(f"heads must divide dim={dim}, got {heads}")
         if image_size % patch_size:
             raise ValueError(f"patch_size must divide image_size={image_size}, got {patch_size}")
-        check_num_classes(num_classes)
         narrows = slicing == "full"
         divisor = dim // heads if narrows else 8  # whole heads
         options: dict[str, Any] = {"slice_out": narrows, "divisor": divisor}
@@ -188,9 +191,11 @@ class SlimmableViT(SlimmableNetwork):
             Logits, shape (N, num_classes), or features, the class token's channels.
 
         Raises:
+            TypeError: If ``x`` is no tensor of the network's dtype.
             ValueError: If the images have another size.
         """
-        if x.shape[-2:] != (self.image_size, self.image_size):
+        check_type("x", x, Tensor, "a tensor")
+        if x.ndim != 4 or x.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(f"x must have shape (N, 3, {self.image_size}, {self.image_size}), got {tuple(x.shape)}")
         tokens = self.patch_embed(x)
         channels = tokens.shape[2]

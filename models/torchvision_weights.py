@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from gatedkernels._checks import check_type
 from gatedkernels.models.gated_resnet import GatedResNet
 from gatedkernels.nn import Branch, check_branch
 
@@ -27,8 +28,11 @@ def load_torchvision(model: GatedResNet, state_dict: Mapping[str, Tensor]) -> Ga
         ``model``.
 
     Raises:
+        TypeError: If the model is no `GatedResNet` or the state dict no mapping.
         ValueError: If names or shapes do not fit the model.
     """
+    check_type("model", model, GatedResNet, "a GatedResNet")
+    check_type("state_dict", state_dict, Mapping, "a mapping of tensors by name")
     own = model.state_dict()
     given = {name: value for name, value in state_dict.items() if name in own or not name.startswith("fc.")}
     given |= {
@@ -60,8 +64,10 @@ def to_torchvision_state_dict(model: GatedResNet, branch: Branch = "dense") -> d
         A state dict that torchvision's ResNet of the same depth, stem and classifier loads strictly.
 
     Raises:
+        TypeError: If the model is no `GatedResNet`.
         ValueError: If the branch does not exist.
     """
+    check_type("model", model, GatedResNet, "a GatedResNet")
     check_branch(branch)
     own = model.state_dict()
     state_dict = {name: value for name, value in own.items() if not _GATE.search(name) and not _GATED_NORM.search(name)}

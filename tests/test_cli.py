@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import gatedkernels as gk
 from gatedkernels import cli, demo
@@ -78,9 +79,14 @@ def test_a_stopped_run_says_how_to_go_on(
         (["train", "vicreg-dual", "--run-dir", "runs/x", "--epochs", "many"], "--epochs"),
         (["train", "vicreg-dual", "--run-dir", "runs/x", "--precision", "8"], "bf16-mixed"),
         (["train", "vicreg-dual"], "--run-dir"),
+        (["train", "vicreg-dual", "--run-dir", "runs/x", "--warmup-epochs", "500"], "below --epochs=500, got 500"),
+        (
+            ["train", "us3l", "--run-dir", "runs/x", "--gate-group", "3"],
+            "--gate-group is no option of us3l, whose",
+        ),
         (["report", "runs/x", "--batch-size", "1", "two"], "batch sizes must be positive whole numbers, got"),
     ],
-    ids=["recipe", "option", "range", "number", "choice", "missing", "batch"],
+    ids=["recipe", "option", "range", "number", "choice", "missing", "two options", "other recipe", "batch"],
 )
 def test_wrong_words(
     words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -95,9 +101,12 @@ def test_wrong_words(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "vicreg-dual", "--run-dir", "RUN", *SMALL], "run_dir must be new"),
-        (["train", "vicreg-dual", "--run-dir", "RUN", "--resume", "--epochs", "9"], "epochs must be 2 as the run has"),
-        (["train", "vicreg-dual", "--run-dir", "NEW", "--data", "imagefolder"], "data_dir must name the folder"),
+        (["train", "vicreg-dual", "--run-dir", "RUN", *SMALL], "--run-dir must be new"),
+        (
+            ["train", "vicreg-dual", "--run-dir", "RUN", "--resume", "--epochs", "9"],
+            "--epochs must be 2 as the run",
+        ),
+        (["train", "vicreg-dual", "--run-dir", "NEW", "--data", "imagefolder"], "--data-dir must name the folder"),
         (["train", "vicreg-dual", "--run-dir", "NEW", "--resume"], "config.json is missing"),
         (["evaluate", "NEW"], "config.json is missing"),
         (["masks", "NEW", "--out", "NEW/masks.json"], "config.json is missing"),
@@ -135,6 +144,35 @@ def test_every_field_is_an_option_with_help(monkeypatch: pytest.MonkeyPatch, cap
     shown = capsys.readouterr().out
     for item in OPTIONS:
         assert f"--{item.replace('_', '-')}" in shown
+
+
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "masks", "demo", "report", "calibrate", "tune", "doctor"])
+def test_help_fits_a_terminal(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(*command.split(), "--help", monkeypatch=monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "..." not in shown.replace("[ARGS]...", "")  # nothing is cut
+
+
+def test_help_says_defaults_by_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("train", "--help", monkeypatch=monkeypatch) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Base learning rate. Default: 0.3 (vicreg- dual), 0.5 (us3l, us-net)." in shown
+    assert "Side of the views. Default: 32." in shown
+    assert "us-moco-v3-vit, us-net Arguments:" in shown
+
+
+def test_tables_fit_a_terminal():
+    row = latency_row(width=0.125, masks="trained", batch=16, dense_eager_ms=123.4, dense_best_ms=123.4, gated_ms=100.5)
+    accuracy = {name: dict.fromkeys(MEASURES, 0.5) for name in ("pixels", "random_init", "dense", "gated")}
+    tables = (
+        demo.latency_table([row]),
+        demo.accuracy_table({"accuracy": accuracy, "data": {"name": "digits"}}),
+    )
+    for table in tables:
+        assert Console(width=200).measure(table).maximum <= 80
 
 
 def test_evaluate(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -34,7 +34,11 @@ class RunConfig:
     ] = None
     blur: Annotated[float, "Probability of a Gaussian blur, with the augmentation for photos."] = 0.0
 
-    width: Annotated[float, "Factor on the channels of the whole ResNet, whose stages have 64 to 512 of them."] = 1.0
+    width: Annotated[
+        float,
+        "Size of the network: factor on its channels, 64 to 512 in a ResNet's stages; for good, unlike the widths "
+        "that a slimmable network is run at.",
+    ] = 1.0
     stem: Annotated[Stem, "First layers: for small or for large images."] = "cifar"
     stem_padding: Annotated[int, "Padding of the cifar stem."] = 2
 

@@ -1,16 +1,18 @@
 """Residual blocks whose inner channels are gated, for every sample."""
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from gatedkernels._checks import check_choice, check_number, check_sizes
 from gatedkernels.nn.codebook import CodebookGate, make_gate
 from gatedkernels.nn.costs import ConvCost, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm, is_foldable
 from gatedkernels.nn.gate import ChannelGate, Gate
 from gatedkernels.nn.gated_conv import GatedConv2d
-from gatedkernels.nn.masks import spread
+from gatedkernels.nn.inputs import check_images
+from gatedkernels.nn.masks import check_group, spread
 from gatedkernels.ops.gated_block.op import gated_block
 from gatedkernels.ops.gated_conv2d.op import gated_conv2d
 
@@ -23,8 +25,7 @@ def check_branch(branch: str) -> None:
     Raises:
         ValueError: If it does not.
     """
-    if branch not in get_args(Branch):
-        raise ValueError(f"branch must be one of {', '.join(map(repr, get_args(Branch)))}, got {branch!r}")
+    check_choice("branch", branch, Branch)
 
 
 class GatedResidual(nn.Module):
@@ -35,8 +36,6 @@ class GatedResidual(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, separate_norm: bool) -> None:
         super().__init__()
-        if stride < 1:
-            raise ValueError(f"stride must be positive, got {stride}")
         self.separate_norm = separate_norm
         self.relu = nn.ReLU(inplace=True)
         self.downsample: nn.Sequential | None = None
@@ -93,9 +92,6 @@ class GatedBasicBlock(GatedResidual):
     Where neither batch statistics nor the gate's gradient need the closed channels, as in evaluation, normalisations
     are folded at each call and `gated_block` computes the open channels only.
 
-    Source: Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (channel gates); Krishna et al., "Unifying
-    Synergies between Self-supervised Learning and Dynamic Computation", BMVC 2023 (two branches).
-
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output, and between the convolutions.
@@ -107,7 +103,12 @@ class GatedBasicBlock(GatedResidual):
             channel by itself (`ChannelGate`).
 
     Raises:
+        TypeError: If a number is none.
         ValueError: If a size is not positive or ``group`` does not divide ``out_channels``.
+
+    Source:
+        Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (channel gates); Krishna et al., "Unifying Synergies
+        between Self-supervised Learning and Dynamic Computation", BMVC 2023 (two branches).
     """
 
     expansion = 1
@@ -126,6 +127,9 @@ class GatedBasicBlock(GatedResidual):
         gate_bias: float | None = None,
         codebook: int | None = None,
     ) -> None:
+        check_sizes(in_channels=in_channels, stride=stride)
+        check_group("out_channels", out_channels, group)
+        check_number("gate_bias", gate_bias, optional=True)
         super().__init__(in_channels, out_channels, stride, separate_norm)
         self.group = group
         ungated: dict[str, Any] = {"bias": False, "group": group, "gate": False}
@@ -149,10 +153,11 @@ class GatedBasicBlock(GatedResidual):
             Shape (N, C_out, H', W').
 
         Raises:
-            TypeError: If the mask is not a bool tensor.
-            ValueError: If the branch does not exist, is dense and a mask is given, or shapes disagree.
+            TypeError: If the mask is not a bool tensor, or ``x`` no tensor of the block's dtype.
+            ValueError: If the branch does not exist, is dense and a mask is given, or shapes or devices disagree.
         """
         check_branch(branch)
+        check_images(x, self.conv1.in_channels, self.conv1.weight)
         if branch == "dense":
             _check_no_mask(mask)
             y = self._dense(x)
@@ -180,8 +185,6 @@ class GatedBottleneck(GatedResidual):
     ``gate1`` looks at the block's input; ``gate2`` looks at the first convolution's gated activation. The stride is the
     3×3 convolution's. Branches and normalisations are those of `GatedBasicBlock`.
 
-    Source: Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (channel gates).
-
     Args:
         in_channels: Channels of the input.
         planes: Channels between the convolutions; the output has ``4 * planes``.
@@ -192,7 +195,11 @@ class GatedBottleneck(GatedResidual):
         codebook: Masks that each gate has, as in `GatedBasicBlock`; None: gates decide about every channel.
 
     Raises:
+        TypeError: If a number is none.
         ValueError: If a size is not positive or ``group`` does not divide ``planes``.
+
+    Source:
+        Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (channel gates).
     """
 
     expansion = 4
@@ -212,6 +219,9 @@ class GatedBottleneck(GatedResidual):
         gate_bias: float | None = None,
         codebook: int | None = None,
     ) -> None:
+        check_sizes(in_channels=in_channels, stride=stride)
+        check_group("planes", planes, group)
+        check_number("gate_bias", gate_bias, optional=True)
         out_channels = planes * self.expansion
         super().__init__(in_channels, out_channels, stride, separate_norm)
         self.group = group
@@ -244,10 +254,11 @@ class GatedBottleneck(GatedResidual):
             Shape (N, 4 * planes, H', W').
 
         Raises:
-            TypeError: If a mask is not a bool tensor.
-            ValueError: If the branch does not exist, is dense and masks are given, or shapes disagree.
+            TypeError: If a mask is not a bool tensor, or ``x`` no tensor of the block's dtype.
+            ValueError: If the branch does not exist, is dense and masks are given, or shapes or devices disagree.
         """
         check_branch(branch)
+        check_images(x, self.conv1.in_channels, self.conv1.weight)
         if branch == "dense":
             _check_no_mask(mask)
             y = self._dense(x)
@@ -270,7 +281,7 @@ def _check_no_mask(mask: Any) -> None:
 
 
 def _decide(name: str, gate: ChannelGate | CodebookGate, x: Tensor, mask: Tensor | None, channels: int) -> Gate:
-    return gate(x) if mask is None else Gate.fixed(name, mask, x.shape[0], channels, gate.group)
+    return gate(x) if mask is None else Gate.fixed(name, mask, x, channels, gate.group)
 
 
 def _skips_closed(gate: Gate, *norms: nn.Module) -> bool:

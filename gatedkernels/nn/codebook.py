@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gatedkernels._checks import check_int, check_number
 from gatedkernels.nn.gate import ChannelGate, Gate, GateLogits
 from gatedkernels.nn.masks import check_group
 from gatedkernels.nn.straight_through import logistic_noise, straight_through
@@ -31,9 +32,6 @@ class CodebookGate(GateLogits):
     evaluation a sample has the mask of its largest logit, a mask is open where its logit is at least 0, and the
     decision carries no gradient.
 
-    Source: Jang et al., "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017 (the straight-through choice);
-    masks as in `ChannelGate`.
-
     Args:
         in_channels: Channels of the input that is looked at.
         out_channels: Channels that are decided about.
@@ -45,7 +43,12 @@ class CodebookGate(GateLogits):
             probability about ``sigmoid(bias_init)``.
 
     Raises:
+        TypeError: If a number is none.
         ValueError: If a size is not positive or ``group`` does not divide ``out_channels``.
+
+    Source:
+        Jang et al., "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017 (the straight-through choice);
+        masks as in `ChannelGate`.
     """
 
     def __init__(
@@ -60,8 +63,8 @@ class CodebookGate(GateLogits):
         bias_init: float = 0.0,
     ) -> None:
         check_group("out_channels", out_channels, group)
-        if masks < 1:
-            raise ValueError(f"masks must be positive, got {masks}")
+        check_int("masks", masks)
+        check_number("bias_init", bias_init)
         super().__init__(in_channels, masks, reduction=reduction, temperature=temperature, bias_init=0.0)
         self.group = group
         self.masks = nn.Parameter(bias_init + torch.randn(masks, out_channels // group))
@@ -78,7 +81,8 @@ class CodebookGate(GateLogits):
             x: Images, shape (N, C_in, H, W).
 
         Raises:
-            ValueError: If ``x`` has another number of dimensions or channels.
+            TypeError: If ``x`` is no tensor of the gate's dtype.
+            ValueError: If ``x`` has another number of dimensions or channels, or lies on another device.
         """
         self._check(x)
         return Codes(self.masks.detach() >= 0, self.logits(x).detach().argmax(1))
@@ -115,10 +119,10 @@ def make_gate(
         codebook: Masks that a sample picks one of; None: `ChannelGate`.
 
     Raises:
+        TypeError: If a number is none.
         ValueError: If a size is not positive or ``group`` does not divide ``out_channels``.
     """
     if codebook is None:
         return ChannelGate(in_channels, out_channels, group=group, bias_init=bias_init)
-    if codebook < 1:
-        raise ValueError(f"codebook must be positive or None, got {codebook}")
+    check_int("codebook", codebook, optional=True)
     return CodebookGate(in_channels, out_channels, codebook, group=group, bias_init=bias_init or 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedkernels._checks import check_int, check_module, check_number
 from gatedkernels.nn.codebook import Codes
 from gatedkernels.nn.gate import Gate, gate_key
 from gatedkernels.nn.packed import PackedGate
@@ -37,8 +38,11 @@ def fix_gates(model: nn.Module, density: float | Mapping[str, float], seed: int 
         Nothing; gates decide for themselves again afterwards.
 
     Raises:
+        TypeError: If the model is no module, a density no number, or the seed no int.
         ValueError: If the model has no gates, a key names none, or a density does not lie in [0, 1].
     """
+    check_module("model", model)
+    check_int("seed", seed, None)
     gates = {gate_key(name): module for name, module in model.named_modules() if getattr(module, "is_gate", False)}
     if not gates:
         raise ValueError(f"model must contain gates, got {type(model).__name__} without")
@@ -46,8 +50,7 @@ def fix_gates(model: nn.Module, density: float | Mapping[str, float], seed: int 
     if unknown := sorted(densities.keys() - gates.keys()):
         raise ValueError(f"density must name gates of the model ({', '.join(gates)}), got {', '.join(unknown)}")
     for value in densities.values():
-        if not 0 <= value <= 1:
-            raise ValueError(f"density must lie in [0, 1], got {value}")
+        check_number("density", value, at_least=0, at_most=1)
     with ExitStack() as stack:
         for key, value in densities.items():
             gate = gates[key]
@@ -79,8 +82,7 @@ class _FixedMasks:
         return self._mask((batch, bias.shape[0]), bias.device)
 
     def of_codebook(self, gate: PackedCodebookGate, batch: int) -> Codes:
-        bias = gate.layers()[-1]
-        return self._next((batch, bias.shape[0]), bias.device)
+        return self._next((batch, gate.decisions), gate.table.device)
 
     def _mask(self, shape: tuple[int, int], device: torch.device) -> Tensor:
         drawn = self._next(shape, device)

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedkernels._checks import check_module, check_type
 from gatedkernels.nn.blocks import Branch
 from gatedkernels.nn.costs import ConvCost, conv_cost
-from gatedkernels.nn.gate import Gate, gate_key
+from gatedkernels.nn.gate import Gate, check_gates, gate_key
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,12 @@ def count_flops(
         The counts, in all and of every layer.
 
     Raises:
+        TypeError: If the model is no module, the example no tensor, or the masks no mapping.
         ValueError: If the example is empty or nothing countable ran.
     """
     options: dict[str, Any] = {} if branch == "gated" else {"branch": branch}
     if masks is not None:
+        check_type("masks", masks, Mapping, "a mapping of masks by gate key")
         options["masks"] = dict(masks)
     costs, decided = _trace(model, example, options)
     decided |= masks or {}
@@ -125,8 +128,10 @@ def gated_flops(model: nn.Module, example: Tensor) -> list[ConvCost]:
         The costs, gates' own layers included, for one sample.
 
     Raises:
+        TypeError: If the model is no module or the example no tensor.
         ValueError: If the example is empty or nothing countable ran.
     """
+    check_type("example", example, Tensor, "a tensor of images")
     return _trace(model, example[:1], {})[0]
 
 
@@ -134,8 +139,7 @@ def kept_fraction(costs: Sequence[ConvCost], gates: Mapping[str, Gate]) -> Tenso
     """Compute the fraction of the dense multiply-adds that gates keep, differentiable in their weights.
 
     Executed over dense: the executed ones include the gates' own layers and everything that is never gated, and are
-    the mean over samples. Source: Krishna et al., "Unifying Synergies between Self-supervised Learning and Dynamic
-    Computation", BMVC 2023.
+    the mean over samples.
 
     Args:
         costs: What `gated_flops` found for this network and image size.
@@ -145,11 +149,20 @@ def kept_fraction(costs: Sequence[ConvCost], gates: Mapping[str, Gate]) -> Tenso
         A scalar; slightly above 1 with all channels open.
 
     Raises:
+        TypeError: If the costs are none or the gates no decisions by key.
         ValueError: If a gate that the costs name is missing, or there are no gates.
+
+    Source:
+        Krishna et al., "Unifying Synergies between Self-supervised Learning and Dynamic Computation", BMVC 2023.
     """
+    check_type("costs", costs, Sequence, "a sequence of costs, from gated_flops")
+    for i, cost in enumerate(costs):
+        check_type(f"costs[{i}]", cost, ConvCost, "a ConvCost")
+    check_gates(gates)
     wanted = {key for cost in costs for key in (cost.in_gate, cost.out_gate) if key is not None}
-    if not wanted or wanted - gates.keys():
-        missing = ", ".join(sorted(wanted - gates.keys())) or "any gate in costs"
+    if not wanted:
+        raise ValueError("costs must name gates, got none that are named")
+    if missing := ", ".join(sorted(wanted - gates.keys())):
         raise ValueError(f"gates must hold every gate of the network, got none for {missing}")
     dense = sum(cost.dense for cost in costs)
     kept: Tensor | float = 0.0
@@ -172,8 +185,8 @@ def _active(channels: int, mask: Tensor | None, batch: int) -> Tensor:
 
 def _trace(model: nn.Module, example: Tensor, options: dict[str, Any]) -> tuple[list[ConvCost], dict[str, Tensor]]:
     """Run a model and return its costs, in the order of its modules, and the masks of its gates by key."""
-    if not isinstance(example, Tensor):
-        raise TypeError(f"example must be a tensor of images, got {type(example).__name__}")
+    check_module("model", model)
+    check_type("example", example, Tensor, "a tensor of images")
     if example.shape[0] == 0:
         raise ValueError(f"example must hold at least one sample, got shape {tuple(example.shape)}")
     costs: dict[str, list[ConvCost]] = {}

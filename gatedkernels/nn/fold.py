@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gatedkernels._checks import check_type
+
 
 def is_foldable(norm: nn.Module | None) -> bool:
     """Whether a normalisation is, right now, an affine map of each channel: absent, or using running statistics."""
@@ -26,13 +28,21 @@ def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tu
         Weight and bias of the one convolution that does the same, in the dtype of ``weight``.
 
     Raises:
-        ValueError: If the normalisation is not an affine map of each channel.
+        TypeError: If weight or bias is no tensor.
+        ValueError: If the normalisation is not an affine map of each channel, or of another number of them.
     """
+    check_type("weight", weight, Tensor, "a tensor")
+    if bias is not None:
+        check_type("bias", bias, Tensor, "a tensor or None")
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     if norm is None:
         return weight, bias
     if not is_foldable(norm):
         raise ValueError(f"norm must be a batch normalisation that uses running statistics, got {norm}")
     assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+    if norm.num_features != weight.shape[0]:
+        raise ValueError(f"norm must have {weight.shape[0]} channels as weight, got {norm}")
     wide = torch.promote_types(weight.dtype, torch.float32)
     scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
     if norm.weight is not None:

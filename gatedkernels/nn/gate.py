@@ -1,11 +1,14 @@
 """The gate that decides, for every sample, which channels are worth computing."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gatedkernels._checks import check_number, check_sizes, check_type
 from gatedkernels.nn.costs import ConvCost, conv_cost
+from gatedkernels.nn.inputs import check_images
 from gatedkernels.nn.masks import check_group, check_mask
 from gatedkernels.nn.straight_through import logistic_noise, straight_through
 
@@ -22,15 +25,26 @@ class Gate(NamedTuple):
     weight: Tensor
 
     @classmethod
-    def fixed(cls, name: str, mask: Tensor, batch: int, channels: int, group: int) -> "Gate":
-        """Wrap a mask that somebody brought.
+    def fixed(cls, name: str, mask: Tensor, x: Tensor, channels: int, group: int) -> "Gate":
+        """Wrap a mask that somebody brought for samples ``x``, shape (N, …).
 
         Raises:
             TypeError: If the mask is not a bool tensor.
-            ValueError: If its shape is not (batch, channels / group).
+            ValueError: If its shape is not (N, channels / group), or it is not beside ``x``.
         """
-        check_mask(name, mask, batch, channels, group)
+        check_mask(name, mask, x, channels, group)
         return cls(mask, mask.to(torch.float32))
+
+
+def check_gates(gates: Mapping[str, Gate]) -> None:
+    """Refuse what are no decisions by key.
+
+    Raises:
+        TypeError: If they are something else.
+    """
+    check_type("gates", gates, Mapping, "a mapping of decisions by gate key")
+    for key, gate in gates.items():
+        check_type(f"gates[{key!r}]", gate, Gate, "a Gate")
 
 
 def gate_key(name: str) -> str:
@@ -38,7 +52,11 @@ def gate_key(name: str) -> str:
 
     A block's only gate goes by the name of the block ("layer1.0.gate" is "layer1.0"); one of several keeps its own
     ("layer1.0.gate2").
+
+    Raises:
+        TypeError: If the name is no string.
     """
+    check_type("name", name, str, "a string")
     return name.removesuffix(".gate")
 
 
@@ -53,6 +71,7 @@ class GateLogits(nn.Module):
         bias_init: Value of the last bias; None: it has none.
 
     Raises:
+        TypeError: If a number is none.
         ValueError: If a size is not positive.
     """
 
@@ -62,9 +81,9 @@ class GateLogits(nn.Module):
         self, in_channels: int, logits: int, *, reduction: int, temperature: float, bias_init: float | None
     ) -> None:
         super().__init__()
-        for name, value in {"in_channels": in_channels, "reduction": reduction, "temperature": temperature}.items():
-            if value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        check_sizes(in_channels=in_channels, reduction=reduction)
+        check_number("temperature", temperature, above=0)
+        check_number("bias_init", bias_init, optional=True)
         hidden = max(1, in_channels // reduction)
         self.temperature = temperature
         self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
@@ -89,8 +108,7 @@ class GateLogits(nn.Module):
         ]
 
     def _check(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.conv1.in_channels:
-            raise ValueError(f"x must have shape (N, {self.conv1.in_channels}, H, W), got {tuple(x.shape)}")
+        check_images(x, self.conv1.in_channels, self.conv1.weight)
 
 
 class ChannelGate(GateLogits):
@@ -100,8 +118,6 @@ class ChannelGate(GateLogits):
     channels. In training logistic noise is added, so that a channel is open with probability ``sigmoid(logit)``, and
     the gradient passes straight through; in evaluation a channel is open where its logit is at least 0, and the
     decision carries no gradient.
-
-    Source: Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (the channel gate).
 
     Args:
         in_channels: Channels of the input that is looked at.
@@ -113,7 +129,11 @@ class ChannelGate(GateLogits):
             bias, about half of the channels start open.
 
     Raises:
+        TypeError: If a number is none.
         ValueError: If a size is not positive or ``group`` does not divide ``out_channels``.
+
+    Source:
+        Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021 (the channel gate).
     """
 
     def __init__(
@@ -142,7 +162,8 @@ class ChannelGate(GateLogits):
             The mask, shape (N, C / group), and its weight of the same shape.
 
         Raises:
-            ValueError: If ``x`` has another number of dimensions or channels.
+            TypeError: If ``x`` is no tensor of the gate's dtype.
+            ValueError: If ``x`` has another number of dimensions or channels, or lies on another device.
         """
         self._check(x)
         logits = self.logits(x)

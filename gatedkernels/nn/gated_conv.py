@@ -2,9 +2,11 @@
 
 from torch import Tensor, nn
 
+from gatedkernels._checks import check_sizes
 from gatedkernels.nn.costs import ConvCost, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm, is_foldable
 from gatedkernels.nn.gate import ChannelGate, Gate
+from gatedkernels.nn.inputs import check_geometry, check_images, check_parts
 from gatedkernels.nn.masks import check_group, check_mask, spread
 from gatedkernels.ops.gated_conv2d.op import gated_conv2d
 
@@ -37,8 +39,8 @@ class GatedConv2d(nn.Conv2d):
         activation: Activation behind it, such as ``nn.ReLU()``.
 
     Raises:
-        ValueError: If a size, stride or dilation is not positive, padding is a name, or ``group`` does not divide
-            ``out_channels``.
+        TypeError: If a number is none, padding is a name, or ``norm`` or ``activation`` is no module.
+        ValueError: If a size, stride or dilation is not positive, or ``group`` does not divide ``out_channels``.
 
     Example:
         >>> import torch
@@ -68,14 +70,10 @@ class GatedConv2d(nn.Conv2d):
         norm: nn.Module | None = None,
         activation: nn.Module | None = None,
     ) -> None:
-        if isinstance(padding, str):
-            raise ValueError(f"padding must be a number or a pair of numbers, got {padding!r}")
-        if in_channels < 1:
-            raise ValueError(f"in_channels must be positive, got {in_channels}")
-        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
-            if min(value if isinstance(value, tuple) else (value,)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_sizes(in_channels=in_channels, groups=groups)
         check_group("out_channels", out_channels, group)
+        check_geometry(kernel_size, stride, padding, dilation)
+        check_parts(norm=norm, activation=activation)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.group = group
         self.gate = ChannelGate(in_channels, out_channels, group=group) if gate else None
@@ -105,18 +103,19 @@ class GatedConv2d(nn.Conv2d):
             Shape (N, C_out, H', W'); with ``return_gate`` also the decision, None where there was none.
 
         Raises:
-            TypeError: If a mask is not a bool tensor.
-            ValueError: If shapes disagree.
+            TypeError: If a mask is not a bool tensor, or ``x`` no tensor of the layer's dtype.
+            ValueError: If shapes or devices disagree.
         """
+        check_images(x, self.in_channels, self.weight)
         if in_mask is not None:
-            check_mask("in_mask", in_mask, x.shape[0], self.in_channels, self.group)
+            check_mask("in_mask", in_mask, x, self.in_channels, self.group)
         gate = self._decide(x, out_mask)
         y = self._compute(x, in_mask, gate, dense_input_grad)
         return (y, gate) if return_gate else y
 
     def _decide(self, x: Tensor, out_mask: Tensor | None) -> Gate | None:
         if out_mask is not None:
-            return Gate.fixed("out_mask", out_mask, x.shape[0], self.out_channels, self.group)
+            return Gate.fixed("out_mask", out_mask, x, self.out_channels, self.group)
         return None if self.gate is None else self.gate(x)
 
     def _compute(self, x: Tensor, in_mask: Tensor | None, gate: Gate | None, dense_input_grad: bool) -> Tensor:

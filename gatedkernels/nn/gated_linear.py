@@ -4,9 +4,11 @@ import math
 
 from torch import Tensor, nn
 
+from gatedkernels._checks import check_sizes
 from gatedkernels.nn.costs import ConvCost
 from gatedkernels.nn.gate import ChannelGate, Gate
 from gatedkernels.nn.gated_conv import KEEPS_ZERO
+from gatedkernels.nn.inputs import check_parts, check_tokens
 from gatedkernels.nn.masks import check_group, check_mask
 from gatedkernels.ops.gated_linear.op import gated_linear
 
@@ -30,6 +32,7 @@ class GatedLinear(nn.Linear):
         activation: Activation of the output, such as ``nn.GELU()``.
 
     Raises:
+        TypeError: If a number is none, or ``activation`` is no module.
         ValueError: If a size is not positive or ``group`` does not divide ``out_features``.
 
     Example:
@@ -50,9 +53,9 @@ class GatedLinear(nn.Linear):
         gate: bool = True,
         activation: nn.Module | None = None,
     ) -> None:
-        if in_features < 1:
-            raise ValueError(f"in_features must be positive, got {in_features}")
+        check_sizes(in_features=in_features)
         check_group("out_features", out_features, group)
+        check_parts(activation=activation)
         super().__init__(in_features, out_features, bias)
         self.group = group
         self.gate = ChannelGate(in_features, out_features, group=group) if gate else None
@@ -81,20 +84,19 @@ class GatedLinear(nn.Linear):
             Shape (N, …, C_out); with ``return_gate`` also the decision, None where there was none.
 
         Raises:
-            TypeError: If a mask is not a bool tensor.
-            ValueError: If shapes disagree.
+            TypeError: If a mask is not a bool tensor, or ``x`` no tensor of the layer's dtype.
+            ValueError: If shapes or devices disagree.
         """
-        if x.ndim < 2 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have shape (N, ..., {self.in_features}), got {tuple(x.shape)}")
+        check_tokens(x, self.in_features, self.weight)
         if in_mask is not None:
-            check_mask("in_mask", in_mask, x.shape[0], self.in_features, self.group)
+            check_mask("in_mask", in_mask, x, self.in_features, self.group)
         gate = self._decide(x, out_mask)
         y = self._compute(x, in_mask, gate, dense_input_grad)
         return (y, gate) if return_gate else y
 
     def _decide(self, x: Tensor, out_mask: Tensor | None) -> Gate | None:
         if out_mask is not None:
-            return Gate.fixed("out_mask", out_mask, x.shape[0], self.out_features, self.group)
+            return Gate.fixed("out_mask", out_mask, x, self.out_features, self.group)
         if self.gate is None:
             return None
         tokens = x[:, None] if x.ndim == 2 else x.flatten(1, -2)

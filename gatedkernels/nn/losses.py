@@ -6,18 +6,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gatedkernels.nn.gate import Gate
-
-
-def _check_target(target: float) -> None:
-    if not 0 < target <= 1:
-        raise ValueError(f"target must lie in (0, 1], got {target}")
+from gatedkernels._checks import check_number, check_type
+from gatedkernels.nn.gate import Gate, check_gates
 
 
 def sparsity_loss(kept: Tensor, target: float, weight: float = 5.0) -> Tensor:
     """Penalise a network that keeps another fraction of its multiply-adds than the target.
 
-    ``weight * (kept - target)²``, two-sided. Source: Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021.
+    ``weight * (kept - target)²``, two-sided.
 
     Args:
         kept: The fraction kept, from `kept_fraction`.
@@ -28,9 +24,15 @@ def sparsity_loss(kept: Tensor, target: float, weight: float = 5.0) -> Tensor:
         A scalar.
 
     Raises:
+        TypeError: If ``kept`` is no tensor, or another argument no number.
         ValueError: If the target does not lie in (0, 1].
+
+    Source:
+        Li et al., "Dynamic Dual Gating Neural Networks", ICCV 2021.
     """
-    _check_target(target)
+    check_type("kept", kept, Tensor, "a tensor, from kept_fraction")
+    check_number("target", target, above=0, at_most=1)
+    check_number("weight", weight)
     return weight * (kept - target) ** 2
 
 
@@ -41,8 +43,7 @@ def bound_loss(
 
     With s the open fraction of a gate, t' = √target and p = exp(-decay · epoch): s costs its squared distance from the
     interval [p t', 1 - p + p t'], which is the point t' at epoch 0 and widens to [0, 1]; the loss is the mean over
-    gates. Source: the authors' code of Li et al., ICCV 2021, and Krishna et al., BMVC 2023; the square root is a
-    left-over of gating channels and pixels at once, kept because published results have it.
+    gates.
 
     Args:
         gates: The decisions, as the network returns them.
@@ -55,14 +56,20 @@ def bound_loss(
         A scalar.
 
     Raises:
+        TypeError: If ``gates`` are no decisions by key, or another argument is no number.
         ValueError: If there are no gates, the target does not lie in (0, 1], or the epoch or decay is negative.
+
+    Source:
+        The authors' code of Li et al., ICCV 2021, and Krishna et al., BMVC 2023; the square root is a left-over of
+        gating channels and pixels at once, kept because published results have it.
     """
-    _check_target(target)
+    check_number("target", target, above=0, at_most=1)
+    check_number("weight", weight)
+    check_gates(gates)
     if not gates:
         raise ValueError("gates must hold at least one gate, got none")
     for name, value in {"epoch": epoch, "decay": decay}.items():
-        if value < 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
+        check_number(name, value, at_least=0)
     hold = math.exp(-decay * epoch)
     low, high = hold * math.sqrt(target), 1 - hold + hold * math.sqrt(target)
     share = torch.stack([gate.weight.mean() for gate in gates.values()])

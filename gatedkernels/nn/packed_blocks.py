@@ -60,9 +60,7 @@ class PackedResidual(Packed):
             if mask is not None:
                 if self.branch == "dense":
                     raise ValueError(f"mask must be None in a module optimised for branch 'dense', got one for {name}")
-                check_mask("mask", mask, x.shape[0], shape.out_channels, self.group)
-                if mask.device != x.device:
-                    raise ValueError(f"mask must be on the device of x, {x.device}, got {mask.device}")
+                check_mask("mask", mask, x, shape.out_channels, self.group)
 
     def _decide(self, name: str, x: Tensor) -> Tensor | None:
         gate = self._modules[name]

@@ -1,11 +1,14 @@
 """Layers that serve any width: they use the first channels of their weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gatedkernels._checks import check_int, check_number, check_sizes
 from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
+from gatedkernels.nn.inputs import check_geometry
 from gatedkernels.ops.sliced_conv2d.op import sliced_conv2d
 from gatedkernels.ops.sliced_linear.op import sliced_linear
 
@@ -13,14 +16,23 @@ from gatedkernels.ops.sliced_linear.op import sliced_linear
 def make_divisible(value: float, divisor: int = 8, least: int = 1) -> int:
     """Round a number of channels to a multiple of ``divisor``, at least ``least``, never down by more than a tenth.
 
-    Source: Yu et al., "Slimmable Neural Networks", ICLR 2019 (their code, after MobileNet's).
+    Raises:
+        TypeError: If an argument is no number.
+        ValueError: If ``divisor`` or ``least`` is not positive.
+
+    Source:
+        Yu et al., "Slimmable Neural Networks", ICLR 2019 (their code, after MobileNet's).
 
     Example:
         >>> [make_divisible(64 * width) for width in (0.9, 0.7, 0.5, 0.3, 0.25)]
         [56, 48, 32, 24, 16]
     """
-    if divisor < 1:
-        raise ValueError(f"divisor must be at least 1, got {divisor}")
+    check_number("value", value)
+    check_sizes(divisor=divisor, least=least)
+    return _rounded(value, divisor, least)
+
+
+def _rounded(value: float, divisor: int, least: int = 1) -> int:
     rounded = max(least, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
@@ -35,11 +47,11 @@ def channels_at(channels: int, width: float, ratio: float = 1, divisor: int = 8)
         divisor: What to round to a multiple of.
 
     Returns:
-        ``make_divisible(channels * width / ratio) * ratio``, at most ``channels``; ``channels`` at width 1.
+        ``make_divisible(channels * width / ratio, divisor) * ratio``, at most ``channels``; ``channels`` at width 1.
     """
     if width == 1:
         return channels
-    return min(channels, round(make_divisible(channels * width / ratio, divisor) * ratio))
+    return min(channels, round(_rounded(channels * width / ratio, divisor) * ratio))
 
 
 def check_width(width: float) -> float:
@@ -49,11 +61,23 @@ def check_width(width: float) -> float:
         TypeError: If it is not a number.
         ValueError: If it does not lie in (0, 1].
     """
-    if not isinstance(width, (int, float)) or isinstance(width, bool):
-        raise TypeError(f"width must be a number, got {width!r}")
-    if not 0 < width <= 1:
-        raise ValueError(f"width must lie in (0, 1], got {width}")
+    check_number("width", width, above=0, at_most=1)
     return float(width)
+
+
+def check_widths(widths: Sequence[float]) -> None:
+    """Refuse what is no list of widths.
+
+    Raises:
+        TypeError: If it is no sequence, or one of something other than numbers.
+        ValueError: If it is empty, or one does not lie in (0, 1].
+    """
+    if not isinstance(widths, Sequence) or isinstance(widths, str):
+        raise TypeError(f"widths must be a sequence of widths, got {widths!r}")
+    if not widths:
+        raise ValueError("widths must hold at least one width, got none")
+    for i, width in enumerate(widths):
+        check_number(f"widths[{i}]", width, above=0, at_most=1)
 
 
 class Slimmable(nn.Module):
@@ -76,6 +100,9 @@ class _SlicedWeight(Slimmable):
     def _init_width(
         self, ins: int, outs: int, slices: tuple[bool, bool], ratios: tuple[float, float], divisor: int
     ) -> None:
+        check_int("divisor", divisor)
+        for name, ratio in zip(("in_ratio", "out_ratio"), ratios, strict=True):
+            check_number(name, ratio, above=0)
         self.full = ins, outs
         self.slices, self.ratios, self.divisor = slices, ratios, divisor
         self.set_width(1.0)
@@ -95,6 +122,12 @@ class _SlicedWeight(Slimmable):
     def shape_now(self) -> tuple[int, int]:
         """Inputs and outputs at the present width."""
         return self._shape.shape[0], self._shape.shape[1]
+
+    def _check_reads(self, x: Tensor, dim: int) -> None:
+        """Say what the width has to do with too few channels; the operation checks all the rest."""
+        ins = self.shape_now[0]
+        if isinstance(x, Tensor) and x.ndim > 1 and x.shape[dim] < ins:
+            raise ValueError(f"x must have at least {ins} channels at width {self.width:g}, got {tuple(x.shape)}")
 
     def _describe(self) -> str:
         slices = "".join(f", {name}=False" for name, has in zip(_SLICES, self.slices, strict=True) if not has)
@@ -132,7 +165,8 @@ class SlimmableConv2d(_SlicedWeight, nn.Conv2d):
         divisor: Numbers of channels are rounded to multiples of it.
 
     Raises:
-        ValueError: If padding is a name.
+        TypeError: If a number is none, or padding is a name.
+        ValueError: If a size, stride or dilation is not positive, or ``groups`` divides no channels.
 
     Source:
         Yu et al., "Slimmable Neural Networks", ICLR 2019.
@@ -165,8 +199,8 @@ class SlimmableConv2d(_SlicedWeight, nn.Conv2d):
         out_ratio: float = 1,
         divisor: int = 8,
     ) -> None:
-        if isinstance(padding, str):
-            raise ValueError(f"padding must be a number or a pair of numbers, got {padding!r}")
+        check_sizes(in_channels=in_channels, out_channels=out_channels, groups=groups)
+        check_geometry(kernel_size, stride, padding, dilation)
         nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self._init_width(in_channels, out_channels, (slice_in, slice_out), (in_ratio, out_ratio), divisor)
 
@@ -174,8 +208,10 @@ class SlimmableConv2d(_SlicedWeight, nn.Conv2d):
         """Convolve the first channels of images (N, C, H, W); shape (N, outputs at this width, H', W').
 
         Raises:
-            ValueError: If ``x`` has fewer channels than this width reads.
+            TypeError: If ``x`` is no tensor of the layer's dtype.
+            ValueError: If ``x`` has fewer channels than this width reads, or lies on another device.
         """
+        self._check_reads(x, 1)
         geometry: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         return sliced_conv2d(x, self.weight, self.bias, *self.shape_now, groups=self.groups, **geometry)
 
@@ -236,7 +272,8 @@ class SlimmableLinear(_SlicedWeight, nn.Linear):
         wide_input: Whether the input stays as wide as ever, so that ``sliced`` has to read its first channels too.
 
     Raises:
-        ValueError: If ``parts`` does not divide ``out_features``.
+        TypeError: If a number is none.
+        ValueError: If a size is not positive or ``parts`` does not divide ``out_features``.
 
     Source:
         Yu et al., "Slimmable Neural Networks", ICLR 2019.
@@ -262,7 +299,8 @@ class SlimmableLinear(_SlicedWeight, nn.Linear):
         parts: int = 1,
         wide_input: bool = False,
     ) -> None:
-        if parts < 1 or out_features % parts:
+        check_sizes(in_features=in_features, out_features=out_features, parts=parts)
+        if out_features % parts:
             raise ValueError(f"parts must divide the {out_features} out_features, got {parts}")
         nn.Linear.__init__(self, in_features, out_features, bias)
         self.parts, self.wide_input = parts, wide_input
@@ -272,8 +310,10 @@ class SlimmableLinear(_SlicedWeight, nn.Linear):
         """Compute the first units from the first channels of ``x`` (N, …, C); shape (N, …, units at this width).
 
         Raises:
-            ValueError: If ``x`` has fewer channels than this width reads.
+            TypeError: If ``x`` is no tensor of the layer's dtype.
+            ValueError: If ``x`` has fewer channels than this width reads, or lies on another device.
         """
+        self._check_reads(x, -1)
         ins, outs = self.shape_now
         if self.parts == 1:
             return sliced_linear(x, self.weight, self.bias, ins, outs)

@@ -5,6 +5,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
+from gatedkernels._checks import check_sizes, check_type
 from gatedkernels.nn.blocks import Branch
 from gatedkernels.nn.slimmable import SlimmableConv2d
 
@@ -22,8 +23,8 @@ class SlimmableResidual(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm, divisor: int) -> None:
         super().__init__()
-        if stride < 1:
-            raise ValueError(f"stride must be positive, got {stride}")
+        check_sizes(in_channels=in_channels, out_channels=out_channels, stride=stride, divisor=divisor)
+        check_type("norm", norm, Callable, "a callable that makes a normalisation")
         self.relu = nn.ReLU(inplace=True)
         self.downsample: nn.Sequential | None = None
         if stride != 1 or in_channels != out_channels:
@@ -58,7 +59,8 @@ class SlimmableBasicBlock(SlimmableResidual):
         divisor: Numbers of channels are rounded to multiples of it.
 
     Raises:
-        ValueError: If the stride is not positive.
+        TypeError: If a number is none, or ``norm`` cannot be called.
+        ValueError: If a number is not positive.
     """
 
     expansion = 1
@@ -86,13 +88,15 @@ class SlimmableBottleneck(SlimmableResidual):
         divisor: Numbers of channels are rounded to multiples of it.
 
     Raises:
-        ValueError: If the stride is not positive.
+        TypeError: If a number is none, or ``norm`` cannot be called.
+        ValueError: If a number is not positive.
     """
 
     expansion = 4
     gate_names = ("gate1", "gate2")
 
     def __init__(self, in_channels: int, planes: int, stride: int, norm: Norm, divisor: int = 8) -> None:
+        check_sizes(planes=planes)
         out_channels = planes * self.expansion
         super().__init__(in_channels, out_channels, stride, norm, divisor)
         self.conv1 = SlimmableConv2d(in_channels, planes, 1, bias=False, divisor=divisor)

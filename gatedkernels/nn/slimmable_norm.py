@@ -2,13 +2,15 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, layer_norm
 
-from gatedkernels.nn.slimmable import Slimmable, channels_at, check_width
+from gatedkernels._checks import check_number, check_sizes
+from gatedkernels.nn.inputs import check_normalisable
+from gatedkernels.nn.slimmable import Slimmable, channels_at, check_width, check_widths
 
 _STATISTICS = "running_mean", "running_var", "num_batches_tracked"
 
@@ -27,6 +29,8 @@ class _SlicedFeatures(Slimmable):
     """A layer of as many channels as belong to the width."""
 
     def _init_width(self, channels: int, is_sliced: bool, ratio: float, divisor: int) -> None:
+        check_number("ratio", ratio, above=0)
+        check_sizes(divisor=divisor)
         self.full, self.is_sliced, self.ratio, self.divisor = channels, is_sliced, ratio, divisor
         self.set_width(1.0)
 
@@ -54,6 +58,10 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
         ratio: How many times as many channels as the layer that they expand, whose number is rounded.
         divisor: Numbers of channels are rounded to multiples of it.
 
+    Raises:
+        TypeError: If a number is none.
+        ValueError: If a size is not positive, or ``momentum`` does not lie in [0, 1].
+
     Source:
         Yu et al., "Universally Slimmable Networks and Improved Training Techniques", ICCV 2019 (statistics after
         training); Cao et al., US3L, CVPR 2023 (no statistics in training).
@@ -75,6 +83,9 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
         ratio: float = 1,
         divisor: int = 8,
     ) -> None:
+        check_sizes(num_features=num_features)
+        check_number("eps", eps, above=0)
+        check_number("momentum", momentum, at_least=0, at_most=1, optional=True)
         nn.BatchNorm2d.__init__(self, num_features, eps, momentum, track_running_stats=track_running_stats)
         self._init_width(num_features, is_sliced, ratio, divisor)
 
@@ -103,13 +114,14 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
         """Normalise images (N, C, H, W) of up to ``num_features`` channels.
 
         Raises:
+            TypeError: If ``x`` is no floating tensor, or one of a wider dtype than the layer's.
             ValueError: If ``x`` has another number of dimensions or more channels, or this is evaluation and there are
                 no statistics for this width.
         """
-        self._check_input_dim(x)
+        check_normalisable(x, self.weight)
+        if x.ndim != 4 or x.shape[1] > self.num_features:
+            raise ValueError(f"x must have shape (N, C, H, W) with C up to {self.num_features}, got {tuple(x.shape)}")
         channels = x.shape[1]
-        if channels > self.num_features:
-            raise ValueError(f"x must have at most {self.num_features} channels, got {tuple(x.shape)}")
         weight, bias = self.weight[:channels], self.bias[:channels]
         if not self.track_running_stats or (self.training and not self._averages):
             return batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
@@ -176,7 +188,8 @@ class SwitchableBatchNorm2d(_SlicedFeatures):
         divisor: Numbers of channels are rounded to multiples of it.
 
     Raises:
-        ValueError: If there are no widths or one does not lie in (0, 1].
+        TypeError: If a number is none.
+        ValueError: If there are no widths, one does not lie in (0, 1], or a size is not positive.
 
     Source:
         Yu et al., "Slimmable Neural Networks", ICLR 2019.
@@ -198,8 +211,9 @@ class SwitchableBatchNorm2d(_SlicedFeatures):
         divisor: int = 8,
     ) -> None:
         super().__init__()
-        if not widths:
-            raise ValueError("widths must hold at least one width, got none")
+        check_sizes(num_features=num_features, divisor=divisor)
+        check_number("ratio", ratio, above=0)
+        check_widths(widths)
         self.widths = tuple(sorted({check_width(width) for width in widths}))
         self.norms = nn.ModuleDict()
         self.width = self.widths[-1]
@@ -219,8 +233,17 @@ class SwitchableBatchNorm2d(_SlicedFeatures):
         super().set_width(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise images (N, C, H, W) of as many channels as belong to the width."""
-        return self.norms[width_label(self.width)](x)
+        """Normalise images (N, C, H, W) of as many channels as belong to the width.
+
+        Raises:
+            TypeError: If ``x`` is no floating tensor, or one of a wider dtype than the layer's.
+            ValueError: If ``x`` has another number of dimensions or channels, or lies on another device.
+        """
+        norm = cast(nn.BatchNorm2d, self.norms[width_label(self.width)])
+        check_normalisable(x, norm.weight)
+        if x.ndim != 4 or x.shape[1] != norm.num_features:
+            raise ValueError(f"x must have shape (N, {norm.num_features}, H, W), got {tuple(x.shape)}")
+        return norm(x)
 
     def sliced(self) -> nn.Module:
         """Copy the normalisation of the present width."""
@@ -234,15 +257,29 @@ class SlimmableLayerNorm(_SlicedFeatures, nn.LayerNorm):
         features: Channels at full width.
         eps: Added to the variance.
         divisor: Numbers of channels are rounded to multiples of it.
+
+    Raises:
+        TypeError: If a number is none.
+        ValueError: If it is not positive.
     """
 
     def __init__(self, features: int, eps: float = 1e-5, *, divisor: int = 8) -> None:
+        check_sizes(features=features)
+        check_number("eps", eps, above=0)
         nn.LayerNorm.__init__(self, features, eps)
         self._init_width(features, True, 1, divisor)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x``."""
+        """Normalise the last dimension of ``x``, shape (…, C) with C up to ``features``.
+
+        Raises:
+            TypeError: If ``x`` is no floating tensor, or one of a wider dtype than the layer's.
+            ValueError: If ``x`` has more channels, or lies on another device.
+        """
+        check_normalisable(x, self.weight)
         channels = x.shape[-1]
+        if channels > len(self.weight):
+            raise ValueError(f"x must have at most {len(self.weight)} channels, got {tuple(x.shape)}")
         return layer_norm(x, (channels,), self.weight[:channels], self.bias[:channels], self.eps)
 
     def sliced(self) -> nn.LayerNorm:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatedkernels._checks import check_number
+
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
@@ -36,7 +38,15 @@ def straight_through(logits: Tensor, temperature: float = 2 / 3) -> Tensor:
 
     Returns:
         Zeros and ones, shape and dtype of ``logits``.
+
+    Raises:
+        TypeError: If ``logits`` are no floating tensor or the temperature is no number.
+        ValueError: If the temperature is not positive.
     """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"logits must be a floating tensor, got {got}")
+    check_number("temperature", temperature, above=0)
     return _StraightThrough.apply(logits, temperature)
 
 

@@ -9,11 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gatedkernels.nn.slimmable import Slimmable
+from gatedkernels._checks import check_int, check_module, check_number
+from gatedkernels.nn.slimmable import Slimmable, check_widths
 from gatedkernels.nn.slimmable_norm import SlimmableBatchNorm2d
 
 
 def _layers(net: nn.Module) -> list[Slimmable]:
+    check_module("net", net)
     layers = [module for module in net.modules() if isinstance(module, Slimmable)]
     if not layers:
         raise ValueError(f"net must hold slimmable layers, got {type(net).__name__} without")
@@ -28,7 +30,7 @@ def set_width(net: nn.Module, width: float) -> None:
         width: The width, in (0, 1].
 
     Raises:
-        TypeError: If the width is not a number.
+        TypeError: If the network is no module or the width no number.
         ValueError: If it is out of range or a layer does not have it, or the network has no slimmable layers.
     """
     layers = _layers(net)
@@ -74,7 +76,7 @@ def width(net: nn.Module, width: float) -> Iterator[None]:
         Nothing.
 
     Raises:
-        TypeError: If the width is not a number.
+        TypeError: If the network is no module or the width no number.
         ValueError: If it is out of range or a layer does not have it, or the network has no slimmable layers.
     """
     before = [(layer, layer.width) for layer in _layers(net)]
@@ -87,7 +89,12 @@ def width(net: nn.Module, width: float) -> Iterator[None]:
 
 
 def is_slimmable(net: nn.Module) -> bool:
-    """Whether a network holds slimmable layers."""
+    """Whether a network holds slimmable layers.
+
+    Raises:
+        TypeError: If it is no module.
+    """
+    check_module("net", net)
     return any(isinstance(module, Slimmable) for module in net.modules())
 
 
@@ -105,7 +112,7 @@ def slice(net: nn.Module, width: float | None = None) -> nn.Module:
         The narrow network.
 
     Raises:
-        TypeError: If the width is not a number.
+        TypeError: If the network is no module or the width no number.
         ValueError: If it is out of range, a layer cannot be cut there, or a normalisation has no statistics for it in
             evaluation mode; or if the network has no slimmable layers.
     """
@@ -149,22 +156,23 @@ def calibrate_norms(
         momentum: Of a running average; None: the average over all batches, each weighing the same.
 
     Raises:
-        TypeError: If batches are a tensor, or an iterator that the first width would exhaust, or widths no sequence.
+        TypeError: If batches are a tensor, or an iterator that the first width would exhaust, ``net`` is no module,
+            ``widths`` no sequence, or a number none.
         ValueError: If there are no batches or widths, a width is out of range, or nothing in the network has
             statistics.
 
     Source:
         Yu et al., "Universally Slimmable Networks and Improved Training Techniques", ICCV 2019, section 3.3.
     """
+    check_module("net", net)
+    check_int("limit", limit, optional=True)
+    check_number("momentum", momentum, at_least=0, at_most=1, optional=True)
     norms = [m for m in net.modules() if isinstance(m, SlimmableBatchNorm2d) and m.track_running_stats]
     if not norms:
         raise ValueError(f"net must hold a SlimmableBatchNorm2d with statistics, got {type(net).__name__} without")
-    if not isinstance(widths, Sequence):
-        raise TypeError(f"widths must be a sequence of widths, got {widths!r}")
-    if not widths:
-        raise ValueError("widths must hold at least one width, got none")
+    check_widths(widths)
     runs_dry = isinstance(batches, Iterator) and limit is None and len(widths) > 1
-    if isinstance(batches, Tensor) or runs_dry:
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable) or runs_dry:
         kind = type(batches).__name__
         raise TypeError(f"batches must be a list or a loader of batches, read once for every width, got a {kind}")
     modes = [(module, module.training) for module in net.modules()]

@@ -41,7 +41,7 @@ def check_tokens(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must have a dtype of {', '.join(map(str, FLOATING))}, got {x.dtype}")
 
 
-def check_like(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor) -> None:
+def check_like(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, x_name: str = "x") -> None:
     """A tensor of this shape, with the dtype and device of ``x``."""
     good = isinstance(tensor, Tensor) and tensor.shape == shape and tensor.dtype is x.dtype
     if good and tensor.device == x.device:
@@ -51,13 +51,20 @@ def check_like(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor) -> No
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != x.dtype:
-        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        raise TypeError(f"{name} must have the dtype of {x_name}, {x.dtype}, got {tensor.dtype}")
     if tensor.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+        raise ValueError(f"{name} must be on the device of {x_name}, {x.device}, got {tensor.device}")
 
 
 def check_weight(
-    name: str, weight: Tensor, bias_name: str, bias: Tensor | None, in_channels: int, groups: int, x: Tensor
+    name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    in_channels: int,
+    groups: int,
+    x: Tensor,
+    x_name: str = "x",
 ) -> None:
     """Filters (K, C / groups, R, S) and an optional bias (K,)."""
     if not isinstance(weight, Tensor):
@@ -69,9 +76,9 @@ def check_weight(
     if groups < 1 or in_channels % groups or weight.shape[0] % groups:
         raise ValueError(f"groups must divide {in_channels} and {weight.shape[0]} channels, got {groups}")
     filters, _, height, width = weight.shape
-    check_like(name, weight, (filters, in_channels // groups, height, width), x)
+    check_like(name, weight, (filters, in_channels // groups, height, width), x, x_name)
     if bias is not None:
-        check_like(bias_name, bias, (filters,), x)
+        check_like(bias_name, bias, (filters,), x, x_name)
 
 
 def expand_mask(name: str, mask: Tensor | None, channels: int, group: int, x: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ from gatedkernels.reporting.doctor import examine, render, tiles_in_effect
 from gatedkernels.reporting.latency import latency_rows
 from gatedkernels.reporting.plot import speedup_plot
 from gatedkernels.reporting.report import report as report_layers
+from gatedkernels.reporting.tables import terminal_table
 from gatedkernels.reporting.widths import width_costs, width_plot
 
 if TYPE_CHECKING:
@@ -131,11 +132,12 @@ def _widths_table(results: dict[str, Any], measures: Sequence[str]) -> Table:
     pixels = ", ".join(f"{name} {value:.3f}" for name, value in results["accuracy"]["pixels"].items())
     title = f"{results['method']}, {results['epochs']} epochs (in brackets: untrained; raw pixels: {pixels})"
     measures = [*measures, *(["classifier"] if "classifier" in rows[0]["accuracy"] else [])]
-    table = Table("width", "MMACs", "params", *(f"ms, batch {batch}" for batch in batches), *measures, title=title)
+    columns = ["width", "MMACs", "M params", *(f"ms, batch {batch}" for batch in batches), *measures]
+    table = terminal_table(columns, title=title)
     for row in rows:
         times = [f"{row['ms'][batch]['median']:.3f}" for batch in batches]
         scores = [_score(row, name) for name in measures]
-        table.add_row(f"{row['width']:g}", f"{row['macs'] * 1e-6:.2f}", f"{row['params']:,}", *times, *scores)
+        table.add_row(f"{row['width']:g}", f"{row['macs'] * 1e-6:.1f}", f"{row['params'] * 1e-6:.2f}", *times, *scores)
     return table
 
 

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
+from gatedkernels._checks import check_module, check_number, check_type
 from gatedkernels.inference import optimize
 from gatedkernels.models import GatedResNet
 from gatedkernels.nn import FlopCount, count_flops
@@ -16,6 +16,7 @@ from gatedkernels.nn.packed import Packed
 from gatedkernels.reporting.baselines import dense_baselines, verify
 from gatedkernels.reporting.layers import Stopwatch, time_layers
 from gatedkernels.reporting.machine import bandwidth, peak_macs
+from gatedkernels.reporting.tables import terminal_table
 from gatedkernels.reporting.timing import Timing, interleave, use_threads
 from gatedkernels.reporting.twins import build_twin, prepack
 
@@ -123,16 +124,7 @@ class Report:
         return "\n".join([self.headline(), "", lines[0], align, *lines[1:], "", self.footnote()])
 
     def __rich__(self) -> Table:
-        table = Table(
-            title=self.headline(),
-            caption=self.footnote(),
-            caption_justify="left",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
-        table.pad_edge = False
-        for i, name in enumerate(_COLUMNS):
-            table.add_column(name, justify="left" if i in (0, len(_COLUMNS) - 1) else "right", no_wrap=True)
+        table = terminal_table(_COLUMNS, title=self.headline(), words=_COLUMNS[-1:], caption=self.footnote())
         for layer in self.layers:
             table.add_row(*layer.cells(), end_section=layer is self.layers[-1])
         table.add_row(*self.total.cells(), style="bold")
@@ -164,11 +156,14 @@ def report(
         The report; print it, or see `Report.to_dict`.
 
     Raises:
-        TypeError: If the model is none of these.
+        TypeError: If the model is none of these, the example no tensor, or a number none.
         ValueError: If the model is in training mode, the example is empty, or the gates of a model that is not
             optimised have hooks, such as those of `gatedkernels.fix_gates`, which its optimised copy would not have.
         RuntimeError: If the networks do not compute the same.
     """
+    check_module("model", model)
+    check_type("example", example, Tensor, "a tensor of images")
+    check_number("seconds", seconds, above=0)
     with use_threads(threads) as used:
         fast = _optimized(model, example)
         counts = count_flops(fast, example)

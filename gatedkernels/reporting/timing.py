@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from gatedkernels._checks import check_int
+
 _MIN_ROUNDS = 5
 
 
@@ -143,8 +145,7 @@ def use_threads(threads: int | None) -> Iterator[int]:
     Raises:
         ValueError: If it is not positive.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be positive or None, got {threads}")
+    check_int("threads", threads, optional=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

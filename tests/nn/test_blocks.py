@@ -228,7 +228,7 @@ def test_bad_inputs(kind: type):
         block(x, mask=wrong.long() if kind is GatedBasicBlock else (wrong.long(), None))
     with pytest.raises(ValueError, match="stride must be positive, got 0"):
         kind(8, 16, 0)
-    with pytest.raises(ValueError, match="out_channels must be a positive multiple of group=5, got 16"):
+    with pytest.raises(ValueError, match=r"(out_channels|planes) must be a positive multiple of group=5, got 16"):
         kind(8, 16, group=5)
     with pytest.raises(ValueError, match="codebook must be positive or None, got 0"):
         kind(8, 16, codebook=0)

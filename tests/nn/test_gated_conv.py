@@ -132,7 +132,6 @@ def test_flops():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"padding": "same"}, "padding must be a number or a pair of numbers, got 'same'"),
         ({"in_channels": 0}, "in_channels must be positive, got 0"),
         ({"stride": 0}, "stride must be at least 1, got 0"),
         ({"kernel_size": (3, 0)}, r"kernel_size must be at least 1, got \(3, 0\)"),

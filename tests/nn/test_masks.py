@@ -24,9 +24,9 @@ def test_spread_repeats_each_decision():
     ],
 )
 def test_refused_masks(mask, error: type[Exception], message: str):
-    check_mask("mask", torch.ones(2, 4) > 0, 2, 8, 2)
+    check_mask("mask", torch.ones(2, 4) > 0, torch.ones(2, 8), 8, 2)
     with pytest.raises(error, match=message):
-        check_mask("mask", mask, 2, 8, 2)
+        check_mask("mask", mask, torch.ones(2, 8), 8, 2)
 
 
 @pytest.mark.parametrize(("channels", "group"), [(8, 3), (0, 1), (-4, 2), (8, 0), (8, -2)])

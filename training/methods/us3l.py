@@ -39,9 +39,6 @@ class US3L(pl.LightningModule):
     The methods that US3L is compared with are settings of it: see `gatedkernels.training.recipes`. With
     ``config.fixed_width`` there is that one width, momentum encoder included.
 
-    Source: Cao et al., "Three Guidelines You Should Know for Universally Slimmable Self-Supervised Learning", CVPR 2023
-    (the steps, the targets and the penalty are those of the authors' code).
-
     Args:
         backbone: A slimmable network; ``backbone(x)`` has ``num_features`` features at full width, and fewer at others
             if ``features_narrow``. Its batch normalisations should use batch statistics, as with
@@ -49,6 +46,10 @@ class US3L(pl.LightningModule):
         config: The run.
         teacher: Backbone and head that stay as they are and take the momentum encoder's place, as in SEED; their
             normalisations use batch statistics too. Its embeddings are as wide as ``config.embedding``.
+
+    Source:
+        Cao et al., "Three Guidelines You Should Know for Universally Slimmable Self-Supervised Learning", CVPR 2023
+        (the steps, the targets and the penalty are those of the authors' code).
     """
 
     def __init__(

@@ -19,14 +19,15 @@ class USNet(pl.LightningModule):
     In an iteration the widest network learns the labels, and the narrower ones what the widest answers; the gradients
     of all widths make one step. With ``config.fixed_width`` there is that one width, which learns the labels.
 
-    Source: Yu and Huang, "Universally Slimmable Networks and Improved Training Techniques", ICCV 2019.
-
     Args:
         backbone: A slimmable network; ``backbone(x)`` has ``num_features`` features at full width, and fewer at others
             if ``features_narrow``. Its batch normalisations should use batch statistics, as with
             ``track_running_stats=False``.
         config: The run.
         num_classes: Classes of the images.
+
+    Source:
+        Yu and Huang, "Universally Slimmable Networks and Improved Training Techniques", ICCV 2019.
     """
 
     def __init__(self, backbone: nn.Module, config: USNetConfig, num_classes: int) -> None:

@@ -21,14 +21,15 @@ class VICRegDual(pl.LightningModule):
     The loss is VICReg + sparsity + bound, the last two on the gates of the first view. Nothing is detached and nothing
     is symmetrised: the first view is always the gated one. The gates' noise is a function of the seed and the step.
 
-    Source: Krishna et al., "Unifying Synergies between Self-supervised Learning and Dynamic Computation", BMVC 2023
-    (algorithm 1; the bound loss, the weights 25/25/1 and LARS are those of the authors' code).
-
     Args:
         backbone: Called as ``backbone(x, branch="gated" | "dense", return_gates=True)``, it returns features of shape
             (N, ``num_features``) and the gates by name; parameters of gates have ``.gate`` in their name.
         costs: What the backbone's layers cost, from `gatedkernels.nn.gated_flops`.
         config: The run.
+
+    Source:
+        Krishna et al., "Unifying Synergies between Self-supervised Learning and Dynamic Computation", BMVC 2023
+        (algorithm 1; the bound loss, the weights 25/25/1 and LARS are those of the authors' code).
     """
 
     def __init__(self, backbone: nn.Module, costs: Sequence[ConvCost], config: TrainConfig) -> None:

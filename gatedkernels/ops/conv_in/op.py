@@ -124,7 +124,7 @@ def conv_in(
     """
     arguments.check_images("packed", packed)
     packed, weight, bias = arguments.autocast(packed, weight, bias)  # type: ignore[assignment]
-    arguments.check_weight("weight", weight, "bias", bias, packed.shape[1], 1, packed)
+    arguments.check_weight("weight", weight, "bias", bias, packed.shape[1], 1, packed, "packed")
     arguments.check_plan(index, count, packed.shape[1], packed)
     geometry = arguments.geometry(packed, weight, stride, padding, dilation)
     served = cpu_or_reference(backend, LAUNCHERS, packed, weight, *geometry)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from gatedkernels import policy
+from gatedkernels._checks import check_int
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._arguments import in_best_layout
 from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require
@@ -189,8 +190,8 @@ def gated_block(
         TypeError: If dtypes disagree, or the mask is not bool.
     """
     arguments.refuse_tangents(x, weight1, bias1, weight2, bias2, residual)
-    if shared < 1:
-        raise ValueError(f"shared must be positive, got {shared}")
+    if type(shared) is not int or shared < 1:
+        check_int("shared", shared)
     given = x, weight1, bias1, weight2, bias2, mask, residual
     options = stride, group, backend
     y = _KNOWN.run(given, options)
