@@ -1,6 +1,6 @@
 """Widths: operations with a width for every sample against loops, networks against ones built narrow, training.
 
-``python -m bench.slimmable``, ``… networks`` and ``… training`` print the tables of docs/performance.md.
+``python -m bench.slimmable``, ``… networks``, ``… mixed`` and ``… training`` print the tables of docs/performance.md.
 """
 
 import argparse
@@ -40,6 +40,8 @@ NETWORKS = [
     *(("slimmable_resnet50", 32, 16, width) for width in (0.25, 0.5)),
     *(("slimmable_mobilenet_v2", 32, batch, 0.25) for batch in (1, 16)),
 ]
+# Name and batch of networks with a width for every sample
+MIXED = [("slimmable_resnet18", 4), ("slimmable_resnet18", 16), ("slimmable_resnet50", 16)]
 # Widths of an iteration of US3L, the first of which the others are compared with
 ITERATIONS = [[1.0], [1.0, 0.25], [1.0, 0.5, 0.25], [1.0, 0.75, 0.25], [1.0, 0.75, 0.5]]
 
@@ -115,6 +117,34 @@ def network_calls(name: str, size: int, batch: int, width: float) -> dict[str, C
     }
 
 
+def mixed_calls(name: str, batch: int, size: int = 32) -> dict[str, Call]:
+    """An eager slimmable network with a width for every sample, and loops of narrow ones that are cut out of it."""
+    form = torch.channels_last
+    net = gk.models.create_model(name, num_classes=10, stem="cifar").to(memory_format=form)
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=form)
+    gk.calibrate_norms(net, [x], WIDTHS)
+    net.eval()
+    narrow = {width: gk.slice(net, width) for width in WIDTHS}
+    each = [WIDTHS[n % len(WIDTHS)] for n in range(batch)]
+    groups = {width: torch.tensor([n for n in range(batch) if each[n] == width]) for width in WIDTHS}
+
+    def together() -> Tensor:
+        with gk.width(net, each):
+            return net(x)
+
+    def by_widths() -> Tensor:
+        y = torch.empty(batch, 10)
+        for width, members in groups.items():
+            y[members] = narrow[width](x[members])
+        return y
+
+    return {
+        "ours": together,
+        "samples": lambda: torch.cat([narrow[width](x[n : n + 1]) for n, width in enumerate(each)]),
+        "groups": by_widths,
+    }
+
+
 def milliseconds(calls: Mapping[str, Call], seconds: float) -> dict[str, float]:
     """Medians of runs in random order, after a check that all compute the same."""
     want = calls[list(calls)[-1]]().double().clone()
@@ -164,13 +194,25 @@ def iteration_times(batch: int, seconds: float) -> list[list[float]]:
     return times
 
 
-def operation_rows(seconds: float) -> Iterator[tuple[object, ...]]:
-    """Milliseconds of operations with a width for every sample."""
+def operation_rows(seconds: float, pattern: str) -> Iterator[tuple[object, ...]]:
+    """Milliseconds of operations with a width for every sample; of linear layers, the least that any kernel takes, too.
+
+    That is the time of its multiply-adds at the rate of a large matrix product, measured next to it.
+    """
     rows = [(("conv", *case), conv_calls(*case)) for case in CONVS]
     rows += [(("linear", *case), linear_calls(*case)) for case in LINEARS]
+    a, b = torch.randn(2, 1024, 1024)
     with torch.inference_mode():
         for case, calls in rows:
+            if pattern not in " ".join(map(str, case)):
+                continue
             taken = milliseconds(calls, seconds)
+            if case[0] == "linear":
+                _, batch, tokens, inputs, units = case
+                products = tokens * inputs * units * sum(WIDTHS[n % len(WIDTHS)] ** 2 for n in range(batch))
+                taken["least"] = (
+                    milliseconds({"product": lambda: a @ b}, seconds / 4)["product"] * products / len(a) ** 3
+                )
             yield *case, *(f"| {name} {value:.3f}" for name, value in taken.items())
 
 
@@ -188,6 +230,13 @@ def network_rows(seconds: float, pattern: str) -> Iterator[tuple[object, ...]]:
         yield *case, *columns, f"| ratio {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
+def mixed_rows(seconds: float) -> Iterator[tuple[object, ...]]:
+    """Milliseconds of networks with a width for every sample."""
+    with torch.inference_mode():
+        for case in MIXED:
+            yield *case, *(f"| {name} {value:.1f}" for name, value in milliseconds(mixed_calls(*case), seconds).items())
+
+
 def training_rows(batch: int, seconds: float) -> Iterator[tuple[object, ...]]:
     """Iterations of US3L: how many times as long as at full width they take, and the sum of their widths squared."""
     times = iteration_times(batch, seconds)
@@ -203,15 +252,19 @@ def training_rows(batch: int, seconds: float) -> Iterator[tuple[object, ...]]:
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", default="operations", choices=["operations", "networks", "training"])
+    parser.add_argument(
+        "what", nargs="?", default="operations", choices=["operations", "networks", "mixed", "training"]
+    )
     parser.add_argument("--seconds", type=float, default=0.5, help="for each row; of training, for all of them")
-    parser.add_argument("--only", default="", help="networks whose name, side, batch and width, so written, hold this")
+    parser.add_argument("--only", default="", help="rows whose first columns, so written, hold this")
     parser.add_argument("--batch", type=int, default=64, help="images of an iteration of training")
     chosen = parser.parse_args(arguments)
     if chosen.what == "operations":
-        rows = operation_rows(chosen.seconds)
+        rows = operation_rows(chosen.seconds, chosen.only)
     elif chosen.what == "networks":
         rows = network_rows(chosen.seconds, chosen.only)
+    elif chosen.what == "mixed":
+        rows = mixed_rows(chosen.seconds)
     else:
         rows = training_rows(chosen.batch, chosen.seconds)
     for row in rows:

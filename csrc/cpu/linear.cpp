@@ -126,29 +126,48 @@ int64_t token_bands(int64_t tokens, int64_t pieces, int64_t least) {
   return std::max(ceil_div(tokens, kMostTokens), std::min(wanted, std::max<int64_t>(tokens / least, 1)));
 }
 
-// Every output from the open inputs; with widths a sample's units beyond its own are zero, and whole panels of them
-// cost nothing else.
+// Whether each panel is packed by the item that uses it, for all samples: they and the panel stay in the second-level
+// cache, and no thread waits for others to have packed theirs.
+bool panels_first(const Tensor& x, const Plan* plan, int64_t blocks) {
+  constexpr int64_t kSmall = 1 << 17;  // floats
+  return x.numel() <= kSmall && !(plan && plan->index) && blocks >= 4 * threads();
+}
+
+// Every output from the open inputs; with widths a sample's units beyond its own are zeros, which the panel that its
+// width falls into, or ends before, writes for all behind it.
 void run_in(const Tensor& x, const Weights& weight, const float* bias, const Plan* plan, const Plan* out_width,
             float* y) {
-  const int64_t N = x.size(0), T = x.size(1), C = weight.C, K = weight.K;
-  const float* const panels = pack_panels(weight, plan, out_width ? out_width->most() : K);
-  const int64_t blocks = ceil_div(K, kBlock), bands = token_bands(T, N * blocks, 24);
+  const int64_t N = x.size(0), T = x.size(1), C = weight.C, K = weight.K, blocks = ceil_div(K, kBlock);
+  const int64_t widest = out_width ? out_width->most() : K;
   const float* in = floats(x);
-  in_order(N * blocks * bands, [&](int64_t item) {
-    const int64_t n = item / (blocks * bands), first = item / bands % blocks * kBlock, band = item % bands;
-    const int64_t from = T * band / bands, to = T * (band + 1) / bands, written = std::min<int64_t>(kBlock, K - first);
-    const int64_t units = out_width ? std::clamp<int64_t>(out_width->count[n] - first, 0, written) : written;
-    for (int64_t t = from; units < written && t < to; ++t) {
-      std::memset(y + (n * T + t) * K + first + units, 0, (written - units) * sizeof(float));
+  const auto compute = [&](int64_t n, int64_t first, int64_t from, int64_t to, const float* panel) {
+    const int64_t width = out_width ? out_width->count[n] : K, units = std::min<int64_t>(kBlock, width - first);
+    if (first <= width && width < std::min(first + kBlock, K)) {
+      for (int64_t t = from; t < to; ++t) std::memset(y + (n * T + t) * K + width, 0, (K - width) * sizeof(float));
     }
-    if (units == 0) return;
+    if (units <= 0) return;
     const std::array<float, kBlock> values = panel_bias(bias, nullptr, first, units);
     LinearPanel job = {};
     job.x = in + (n * T + from) * C, job.x_step = C, job.tokens = static_cast<int>(to - from);
     job.inputs = plan ? plan->list(n) : nullptr, job.count = static_cast<int>(plan ? plan->count[n] : C);
-    job.weight = panels + first * C, job.shared = true, job.bias = values.data();
+    job.weight = panel, job.shared = true, job.bias = values.data();
     job.y = y + (n * T + from) * K + first, job.y_step = K, job.units = static_cast<int>(units);
     kernels().linear_panel(job);
+  };
+  if (panels_first(x, plan, blocks)) {
+    in_order(blocks, [&](int64_t block) {
+      const int64_t first = block * kBlock, units = std::min<int64_t>(kBlock, widest - first);
+      float* const panel = scratch(Use::kPanel, C * kBlock);
+      if (units > 0) pack_panel(weight, nullptr, first, units, nullptr, 0, plan ? plan->most() : C, panel);
+      for (int64_t n = 0; n < N; ++n) compute(n, first, 0, T, panel);
+    });
+    return;
+  }
+  const float* const panels = pack_panels(weight, plan, widest);
+  const int64_t bands = token_bands(T, N * blocks, 24);
+  in_order(N * blocks * bands, [&](int64_t item) {
+    const int64_t n = item / (blocks * bands), first = item / bands % blocks * kBlock, band = item % bands;
+    compute(n, first, T * band / bands, T * (band + 1) / bands, panels + first * C);
   });
 }
 

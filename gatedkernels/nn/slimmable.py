@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gatedkernels._checks import check_int, check_number, check_sizes
 from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
 from gatedkernels.nn.inputs import check_geometry
+from gatedkernels.ops._widths import Width
 from gatedkernels.ops.sliced_conv2d.op import sliced_conv2d
 from gatedkernels.ops.sliced_linear.op import sliced_linear
 
@@ -81,17 +82,39 @@ def check_widths(widths: Sequence[float]) -> None:
 
 
 class Slimmable(nn.Module):
-    """A layer with a width, which `gatedkernels.nn.set_width` sets for a whole network."""
+    """A layer with a width, which `gatedkernels.nn.set_width` sets for a whole network.
+
+    Attributes:
+        width: The width of all samples; 1 where every sample has its own, for tensors are as wide then.
+        sample_widths: That of every sample of a batch; empty where all have one.
+    """
 
     width: float = 1.0
+    sample_widths: tuple[float, ...] = ()
 
     def set_width(self, width: float) -> None:
         """Use the first channels that belong to ``width``, in (0, 1]."""
-        self.width = check_width(width)
+        self.width, self.sample_widths = check_width(width), ()
+
+    def set_widths(self, widths: tuple[float, ...]) -> None:
+        """Use, for every sample of a batch, the first channels that belong to its width; zeros stand behind them.
+
+        Raises:
+            ValueError: If this kind of layer cannot.
+        """
+        raise ValueError(f"width must be one number for {type(self).__name__}, got one for every sample")
+
+    def check_samples(self, x: Tensor) -> None:
+        """Refuse a batch that has not as many samples as there are widths."""
+        if len(x) != len(self.sample_widths):
+            raise ValueError(f"x must hold {len(self.sample_widths)} samples, one for each width, got {tuple(x.shape)}")
 
     def sliced(self) -> nn.Module:
         """Make an ordinary layer of the present width, with copied weights."""
         raise NotImplementedError
+
+    def _describe_width(self) -> str:
+        return f"widths of {len(self.sample_widths)} samples" if self.sample_widths else f"width={self.width:g}"
 
 
 class _SlicedWeight(Slimmable):
@@ -110,18 +133,41 @@ class _SlicedWeight(Slimmable):
     def set_width(self, width: float) -> None:
         """Use the first channels that belong to ``width``, in (0, 1]."""
         super().set_width(width)
-        ins, outs = (
-            channels_at(channels, self.width, ratio, self.divisor) if is_sliced else channels
-            for channels, is_sliced, ratio in zip(self.full, self.slices, self.ratios, strict=True)
-        )
+        ins, outs = self._channels_at(self.width)
         # The two numbers as the shape of an empty tensor: torch.compile makes one graph for all shapes, where it would
         # make one for every value of an int that a module holds.
         self._shape = torch.empty(ins, outs, 0)
+
+    def set_widths(self, widths: tuple[float, ...]) -> None:
+        """Use, for every sample of a batch, the first channels that belong to its width; zeros stand behind them."""
+        self.set_width(1.0)
+        self.sample_widths = tuple(map(check_width, widths))
+        channels = torch.tensor([self._channels_at(width) for width in self.sample_widths], dtype=torch.int32)
+        self._each = [each.contiguous() if has else None for each, has in zip(channels.T, self.slices, strict=True)]
+
+    def _channels_at(self, width: float) -> tuple[int, int]:
+        ins, outs = (
+            channels_at(channels, width, ratio, self.divisor) if is_sliced else channels
+            for channels, is_sliced, ratio in zip(self.full, self.slices, self.ratios, strict=True)
+        )
+        return ins, outs
 
     @property
     def shape_now(self) -> tuple[int, int]:
         """Inputs and outputs at the present width."""
         return self._shape.shape[0], self._shape.shape[1]
+
+    def _shape_for(self, x: Tensor) -> tuple[Width, Width]:
+        """Inputs and outputs for a batch: of all samples, or of each."""
+        if not self.sample_widths:
+            return self.shape_now
+        self.check_samples(x)
+        ins, outs = (None if each is None else each.to(x.device) for each in self._each)
+        return ins, outs
+
+    def _refuse_many(self) -> None:
+        if self.sample_widths:
+            raise ValueError(f"width must be one number here, got one for each of {len(self.sample_widths)} samples")
 
     def _check_reads(self, x: Tensor, dim: int) -> None:
         """Say what the width has to do with too few channels; the operation checks all the rest."""
@@ -131,7 +177,7 @@ class _SlicedWeight(Slimmable):
 
     def _describe(self) -> str:
         slices = "".join(f", {name}=False" for name, has in zip(_SLICES, self.slices, strict=True) if not has)
-        return f"{slices}, width={self.width:g}"
+        return f"{slices}, {self._describe_width()}"
 
 
 _SLICES = "slice_in", "slice_out"
@@ -213,7 +259,7 @@ class SlimmableConv2d(_SlicedWeight, nn.Conv2d):
         """
         self._check_reads(x, 1)
         geometry: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return sliced_conv2d(x, self.weight, self.bias, *self.shape_now, groups=self.groups, **geometry)
+        return sliced_conv2d(x, self.weight, self.bias, *self._shape_for(x), groups=self.groups, **geometry)
 
     def sliced(self) -> nn.Conv2d:
         """Make an ordinary convolution of the present width, with copied weights.
@@ -221,6 +267,7 @@ class SlimmableConv2d(_SlicedWeight, nn.Conv2d):
         Raises:
             ValueError: If the width ends inside a group.
         """
+        self._refuse_many()
         ins, outs = self.shape_now
         group_ins, group_outs = self.weight.shape[1], self.out_channels // self.groups
         groups = 1 if self.groups == 1 else ins // group_ins
@@ -234,6 +281,7 @@ class SlimmableConv2d(_SlicedWeight, nn.Conv2d):
 
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
         """Cost at the present width; see `gatedkernels.nn.flops`."""
+        self._refuse_many()
         ins, outs = self.shape_now
         full = conv_cost("", self, output_size(self, (input_shape[-2], input_shape[-1])))
         # Narrower grouped convolutions have fewer groups, each of the same size.
@@ -314,10 +362,20 @@ class SlimmableLinear(_SlicedWeight, nn.Linear):
             ValueError: If ``x`` has fewer channels than this width reads, or lies on another device.
         """
         self._check_reads(x, -1)
-        ins, outs = self.shape_now
+        ins, outs = self._shape_for(x)
         if self.parts == 1:
             return sliced_linear(x, self.weight, self.bias, ins, outs)
-        return sliced_linear(x, *self._parts(outs), ins)
+        return sliced_linear(x, *self._parts(self.shape_now[1]), ins)
+
+    def set_widths(self, widths: tuple[float, ...]) -> None:
+        """Use, for every sample of a batch, the first channels that belong to its width; zeros stand behind them.
+
+        Raises:
+            ValueError: If there are several parts whose outputs narrow.
+        """
+        if self.parts > 1 and self.slices[1]:
+            raise ValueError(f"width must be one number for a layer of {self.parts} parts, got one for every sample")
+        super().set_widths(widths)
 
     def _parts(self, outs: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the first units of every part."""
@@ -326,6 +384,7 @@ class SlimmableLinear(_SlicedWeight, nn.Linear):
 
     def sliced(self) -> nn.Linear:
         """Make an ordinary linear layer of the present width, with copied weights."""
+        self._refuse_many()
         ins, outs = self.shape_now
         weight, bias = self._parts(outs)
         kind = FirstInputsLinear if self.wide_input else nn.Linear
@@ -337,6 +396,7 @@ class SlimmableLinear(_SlicedWeight, nn.Linear):
 
     def conv_costs(self, input_shape: tuple[int, ...]) -> list[ConvCost]:
         """Cost at the present width; see `gatedkernels.nn.flops`."""
+        self._refuse_many()
         ins, outs = self.shape_now
         return [ConvCost("", torch.Size(input_shape[1:-1]).numel(), ins, outs * self.parts)]
 

@@ -13,6 +13,7 @@ from gatedkernels.nn.inputs import check_normalisable
 from gatedkernels.nn.slimmable import Slimmable, channels_at, check_width, check_widths
 
 _STATISTICS = "running_mean", "running_var", "num_batches_tracked"
+_PREFIX = "at_"  # of what holds the statistics of a narrow width
 
 
 def width_label(width: float) -> str:
@@ -37,7 +38,28 @@ class _SlicedFeatures(Slimmable):
     @property
     def channels_now(self) -> int:
         """Channels at the present width."""
-        return channels_at(self.full, self.width, self.ratio, self.divisor) if self.is_sliced else self.full
+        return self._channels_at(self.width)
+
+    def _channels_at(self, width: float) -> int:
+        return channels_at(self.full, width, self.ratio, self.divisor) if self.is_sliced else self.full
+
+
+class _Statistics(nn.Module):
+    """What a narrow width needs in evaluation, under the names of `nn.BatchNorm2d`.
+
+    A module by itself, and as long as at full width: torch.compile makes one graph for all such modules, where it would
+    make one for every name, and for every length, of a width's own buffers.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros_like(like))
+        self.register_buffer("running_var", torch.ones_like(like))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=like.device))
 
 
 class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
@@ -46,7 +68,7 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
     It normalises as many channels as its input has, the first ones. In training it uses the batch's statistics at every
     width, and keeps a running average of them at full width, under the usual names. What other widths need in
     evaluation, `gatedkernels.calibrate_norms` estimates after training, into buffers of their own
-    (``running_mean_0_25``); a state dict brings them along.
+    (``at_0_25.running_mean``); a state dict brings them along.
 
     Args:
         num_features: Channels at full width.
@@ -92,23 +114,44 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
     def set_width(self, width: float) -> None:
         """Use the statistics that belong to ``width``, in (0, 1]."""
         super().set_width(width)
-        suffix = "" if self.width == 1 else f"_{width_label(self.width)}"
-        self._names = tuple(name + suffix for name in _STATISTICS)
+        self._is_full = self.width == 1
+        self._shape = torch.empty(self.channels_now, 0)  # as in layers with weights: a number that graphs do not keep
         # Statistics of a narrow network are those that calibration asked for, not what training comes across.
-        self._averages = self.track_running_stats and self.width == 1
+        self._averages = self.track_running_stats and self._is_full
+        self._find_statistics()
+
+    def set_widths(self, widths: tuple[float, ...]) -> None:
+        """Normalise every sample of a batch by the statistics of its width; zeros stay behind its channels.
+
+        In evaluation mode, in which a batch's samples have nothing to do with one another.
+        """
+        self.set_width(1.0)
+        self.sample_widths = tuple(map(check_width, widths))
+
+    def _find_statistics(self) -> None:
+        """Hold those of the present width, if it is narrow and there are any; in a tuple, which makes no submodule."""
+        found = None if self._is_full else self._modules.get(_PREFIX + width_label(self.width))
+        self._narrow: tuple[nn.Module, ...] = () if found is None else (found,)
 
     def start_statistics(self) -> None:
         """Begin new statistics of the present width; training mode averages them until a width is set again."""
-        mean, var, count = self._names
-        self.register_buffer(mean, self.weight.new_zeros(self.channels_now))
-        self.register_buffer(var, self.weight.new_ones(self.channels_now))
-        self.register_buffer(count, torch.zeros((), dtype=torch.int64, device=self.weight.device))
+        new = _Statistics(self.weight.detach()).eval()
+        if self._is_full:
+            self._buffers.update(new._buffers)
+        else:
+            self.add_module(_PREFIX + width_label(self.width), new)
+            self._find_statistics()
         self._averages = True
 
     def statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Mean, variance and number of batches at the present width; None where there are none."""
-        mean, var, count = (self._buffers.get(name) for name in self._names)
-        return mean, var, count
+        if not self._is_full and not self._narrow:
+            return None, None, None
+        held: Any = self if self._is_full else self._narrow[0]
+        if held.running_mean is None:
+            return None, None, None
+        channels = self._shape.shape[0]
+        return held.running_mean[:channels], held.running_var[:channels], held.num_batches_tracked
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise images (N, C, H, W) of up to ``num_features`` channels.
@@ -121,13 +164,15 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
         check_normalisable(x, self.weight)
         if x.ndim != 4 or x.shape[1] > self.num_features:
             raise ValueError(f"x must have shape (N, C, H, W) with C up to {self.num_features}, got {tuple(x.shape)}")
+        if self.sample_widths:
+            return self._normalise_each(x)
         channels = x.shape[1]
         weight, bias = self.weight[:channels], self.bias[:channels]
         if not self.track_running_stats or (self.training and not self._averages):
             return batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         mean, var, count = self.statistics()
         if mean is None:
-            raise ValueError(self._missing())
+            raise ValueError(self._missing(self.width))
         momentum = self.momentum
         if self.training:
             assert count is not None
@@ -135,8 +180,32 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
             momentum = 1.0 / float(count) if momentum is None else momentum
         return batch_norm(x, mean, var, weight, bias, self.training, momentum or 0.0, self.eps)
 
-    def _missing(self) -> str:
-        return f"width must have statistics, got {self.width:g} without: gatedkernels.calibrate_norms estimates them"
+    def _normalise_each(self, x: Tensor) -> Tensor:
+        """Every sample by a scale and a shift of its own, both zero behind its channels."""
+        self.check_samples(x)
+        if self.training:
+            raise ValueError(
+                f"width must be one number in training, got one for each of {len(self.sample_widths)} samples"
+            )
+        kinds = list(dict.fromkeys(self.sample_widths))
+        factors = torch.stack([self._scale_and_shift(width) for width in kinds])
+        which = torch.tensor([kinds.index(width) for width in self.sample_widths], device=x.device)
+        scale, shift = factors.to(x.dtype)[which, :, :, None, None].unbind(1)
+        return torch.addcmul(shift, x, scale)
+
+    def _scale_and_shift(self, width: float) -> Tensor:
+        """Shape (2, num_features)."""
+        held: Any = self if width == 1 else self._modules.get(_PREFIX + width_label(width))
+        if held is None or held.running_mean is None:
+            raise ValueError(self._missing(width))
+        scale = self.weight * (held.running_var + self.eps).rsqrt()
+        both = torch.stack([scale, self.bias - held.running_mean * scale])
+        beyond = torch.arange(self.num_features, device=both.device) >= self._channels_at(width)
+        return both.masked_fill(beyond, 0)
+
+    @staticmethod
+    def _missing(width: float) -> str:
+        return f"width must have statistics, got {width:g} without: gatedkernels.calibrate_norms estimates them"
 
     def sliced(self) -> nn.BatchNorm2d:
         """Make an ordinary batch normalisation of the present width, with copied parameters and statistics.
@@ -148,7 +217,7 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
         """
         mean, var, count = self.statistics()
         if self.track_running_stats and mean is None and not self.training:
-            raise ValueError(self._missing())
+            raise ValueError(self._missing(self.width))
         tracks, device = self.track_running_stats, self.weight.device
         options: dict[str, Any] = {"track_running_stats": tracks, "device": device, "dtype": self.weight.dtype}
         norm = nn.BatchNorm2d(self.channels_now, self.eps, self.momentum, **options)
@@ -162,19 +231,17 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Keep statistics of the widths that a state dict brings, and of no others: they belong to other weights."""
-        for name in _STATISTICS:
-            for own in [own for own in self._buffers if own.startswith(f"{name}_") and prefix + own not in state_dict]:
-                if f"{prefix}weight" in state_dict:
-                    del self._buffers[own]
-            for key in state_dict:
-                own = key.removeprefix(prefix)
-                if key.startswith(f"{prefix}{name}_") and own not in self._buffers:
-                    self.register_buffer(own, torch.empty_like(state_dict[key], device=self.weight.device))
+        brought = {key.removeprefix(prefix).split(".")[0] for key in state_dict if key.startswith(prefix + _PREFIX)}
+        for name in [name for name in self._modules if name not in brought and f"{prefix}weight" in state_dict]:
+            del self._modules[name]
+        for name in sorted(brought - self._modules.keys()):
+            self.add_module(name, _Statistics(self.weight.detach()).train(self.training))
+        self._find_statistics()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Say what the parts do not show."""
-        return f"{super().extra_repr()}, width={self.width:g}"
+        return f"{super().extra_repr()}, {self._describe_width()}"
 
 
 class SwitchableBatchNorm2d(_SlicedFeatures):

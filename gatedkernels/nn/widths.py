@@ -22,26 +22,48 @@ def _layers(net: nn.Module) -> list[Slimmable]:
     return layers
 
 
-def set_width(net: nn.Module, width: float) -> None:
+def _set(layer: Slimmable, width: float | tuple[float, ...]) -> None:
+    if isinstance(width, tuple):
+        layer.set_widths(width)
+    else:
+        layer.set_width(width)
+
+
+def _checked(width: Any) -> float | tuple[float, ...]:
+    """One width, or those of a tensor or a sequence; numbers are checked by the layers."""
+    if isinstance(width, Tensor):
+        if width.ndim != 1 or not width.is_floating_point():
+            raise ValueError(f"width must be a number or floats of shape (N,), got {width.dtype} {tuple(width.shape)}")
+        width = [float(f"{value:g}") for value in width.tolist()]  # 0.7 of float32 is less than 0.7
+    if isinstance(width, (list, tuple)):
+        if not width:
+            raise ValueError("width must be a number or one for every sample, got none")
+        return tuple(width)
+    return width
+
+
+def set_width(net: nn.Module, width: float | Sequence[float] | Tensor) -> None:
     """Set the width of every slimmable layer of a network, nothing if one of them refuses it.
 
     Args:
         net: A network with slimmable layers.
-        width: The width, in (0, 1].
+        width: The width, in (0, 1]; or, for evaluation, one for every sample of a batch, a sequence or floats of shape
+            (N,): each sample's results are those of the network at its width, beside samples of other widths. Where
+            the result narrows, as without a classifier, it has zeros behind a sample's own channels.
 
     Raises:
-        TypeError: If the network is no module or the width no number.
-        ValueError: If it is out of range or a layer does not have it, or the network has no slimmable layers.
+        TypeError: If the network is no module or a width no number.
+        ValueError: If one is out of range or a layer does not have it, or the network has no slimmable layers.
     """
-    layers = _layers(net)
-    before = [layer.width for layer in layers]
+    layers, wanted = _layers(net), _checked(width)
+    before = [layer.sample_widths or layer.width for layer in layers]
     try:
         for layer in layers:
-            layer.set_width(width)
+            _set(layer, wanted)
     except (TypeError, ValueError):
         for layer, old in zip(layers, before, strict=True):
-            if layer.width != old:
-                layer.set_width(old)
+            if (layer.sample_widths or layer.width) != old:
+                _set(layer, old)
         raise
 
 
@@ -54,38 +76,39 @@ class SlimmableNetwork(nn.Module):
 
     features_narrow: bool = True
 
-    def set_width(self, width: float) -> None:
+    def set_width(self, width: float | Sequence[float] | Tensor) -> None:
         """Set the width of every layer; see `gatedkernels.nn.set_width`."""
         set_width(self, width)
 
     @property
-    def width(self) -> float:
-        """The width of its layers."""
-        return _layers(self)[0].width
+    def width(self) -> float | tuple[float, ...]:
+        """The width of its layers; those of all samples where each has its own."""
+        first = _layers(self)[0]
+        return first.sample_widths or first.width
 
 
 @contextmanager
-def width(net: nn.Module, width: float) -> Iterator[None]:
+def width(net: nn.Module, width: float | Sequence[float] | Tensor) -> Iterator[None]:
     """Run a network at a width, and give every layer the one it had back.
 
     Args:
         net: A network with slimmable layers.
-        width: The width, in (0, 1].
+        width: The width, in (0, 1], or one for every sample of a batch: see `gatedkernels.nn.set_width`.
 
     Yields:
         Nothing.
 
     Raises:
-        TypeError: If the network is no module or the width no number.
-        ValueError: If it is out of range or a layer does not have it, or the network has no slimmable layers.
+        TypeError: If the network is no module or a width no number.
+        ValueError: If one is out of range or a layer does not have it, or the network has no slimmable layers.
     """
-    before = [(layer, layer.width) for layer in _layers(net)]
+    before = [(layer, layer.sample_widths or layer.width) for layer in _layers(net)]
     set_width(net, width)
     try:
         yield
     finally:
         for layer, old in before:
-            layer.set_width(old)
+            _set(layer, old)
 
 
 def is_slimmable(net: nn.Module) -> bool:

@@ -38,4 +38,14 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     monkeypatch.setattr(slimmable, "CONVS", [(2, 16, 4, 3)])
     monkeypatch.setattr(slimmable, "LINEARS", [(2, 3, 16, 32)])
     slimmable.main(["--seconds", "0"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["conv", "linear"]
+    conv, linear = capsys.readouterr().out.splitlines()
+    assert conv.startswith("conv 2 16 4 3 | ours ") and linear.startswith("linear 2 3 16 32 | ours ")
+    assert "| least 0.000" in linear and "least" not in conv  # 480 products
+    slimmable.main(["--seconds", "0", "--only", "linear 2"])
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_rows_of_mixed_widths(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(slimmable, "MIXED", [("slimmable_mobilenet_v2", 5)])
+    slimmable.main(["mixed", "--seconds", "0"])
+    assert capsys.readouterr().out.startswith("slimmable_mobilenet_v2 5 | ours ")

@@ -40,6 +40,9 @@ IMAGENET = {
     "slimmable_resnet50": [(1.0, 4089), (0.75, 2323), (0.5, 1052), (0.25, 278)],
     "slimmable_mobilenet_v2": [(1.0, 301), (0.75, 209), (0.5, 97), (0.35, 59)],
 }
+# Parameters of slimmable ResNet-50s with 1000 classes in millions, as US3L's table of transfers has them (its 22.56 at
+# full width is a slip: ResNet-50 has 25.56)
+RESNET50_PARAMETERS = [(1.0, 25.56), (0.75, 14.77), (0.5, 6.92), (0.25, 1.99)]
 
 
 def test_every_slimmable_model_is_tested():
@@ -76,6 +79,12 @@ def test_imagenet_costs_are_the_published_ones(name: str):
     for width, millions in IMAGENET[name]:
         narrow = gk.slice(net, width)
         assert round(count_flops(narrow, torch.zeros(1, 3, 224, 224)).dense / 1e6) == millions
+
+
+def test_resnet50_has_the_published_parameters():
+    net = create_model("slimmable_resnet50")
+    for width, millions in RESNET50_PARAMETERS:
+        assert round(parameters(gk.slice(net, width)) / 1e6, 2) == millions
 
 
 def test_vit_inputs_only():
@@ -130,6 +139,28 @@ def test_slices_compute_the_same(name: str):
             assert count_flops(narrow, images).dense == count_flops(net, images).dense
         with pytest.raises(ValueError, match="net must hold slimmable layers"):
             gk.nn.set_width(narrow, width)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", [*NAMES, *VITS])
+def test_every_sample_has_its_width(name: str, form: torch.memory_format):
+    """One call for a batch of samples of different widths, each as the network of its width computes it."""
+    net, images = small(name), torch.randn(6, 3, 16, 16).contiguous(memory_format=form)
+    if name not in VITS:
+        gk.calibrate_norms(net, [torch.randn(8, 3, 16, 16)], [0.25, 0.5, 1.0])
+    else:
+        nn.init.normal_(net.head.weight)
+    net.eval()
+    widths = [0.5, 1.0, 0.25, 0.25, 1.0, 0.5]
+    with torch.no_grad():
+        for each in (widths, torch.tensor(widths)):
+            with gk.width(net, each):
+                assert net.width == tuple(widths)
+                results = net(images)
+            assert net.width == 1.0
+            for i, width in enumerate(widths):
+                with gk.width(net, width):
+                    torch.testing.assert_close(results[i : i + 1], net(images[i : i + 1]), rtol=1e-4, atol=1e-4)
 
 
 def test_vit_slices_in_full_compute_the_same():

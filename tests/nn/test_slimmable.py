@@ -292,17 +292,67 @@ def test_a_network_without_slimmable_layers():
         gk.nn.set_width(nn.Linear(2, 2), 0.5)
 
 
+def test_every_sample_has_its_width():
+    net = Small().eval()
+    gk.calibrate_norms(net, BATCHES, [0.7, 1.0])
+    x = BATCHES[0][:3]
+    with gk.width(net, 0.7), torch.no_grad():
+        narrow = net(x[:2])
+        inner = net.bn(net.conv(x[:2]))
+        with gk.width(net, torch.tensor([0.7, 0.7, 1.0])):  # of float32, whose 0.7 is a little less
+            assert net.bn.sample_widths == (0.7, 0.7, 1.0) and "widths of 3 samples" in repr(net.conv)
+            torch.testing.assert_close(net(x)[:2], narrow)
+            hidden = net.bn(net.conv(x))
+            torch.testing.assert_close(hidden[:2, :24], inner)
+            assert hidden.shape[1] == 32 and not hidden[:2, 24:].any() and hidden[2, 24:].any()
+            with gk.width(net, [1.0]):
+                assert net(x[:1]).shape == (1, 4)
+            assert net.conv.sample_widths == (0.7, 0.7, 1.0)
+        assert net.conv.width == 0.7 and not net.conv.sample_widths
+
+
+def test_what_widths_for_every_sample_are_refused():
+    net, x = Small().eval(), BATCHES[0][:2]
+    for width, message in (
+        (torch.tensor([[0.5]]), r"width must be a number or floats of shape \(N,\), got torch.float32 \(1, 1\)"),
+        (torch.tensor([1, 1]), r"width must be a number or floats of shape \(N,\), got torch.int64 \(2,\)"),
+        ([], "width must be a number or one for every sample, got none"),
+        ([0.5, 2.0], r"width must lie in \(0, 1\], got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gk.nn.set_width(net, width)
+    assert net.conv.width == 1.0 and not net.conv.sample_widths and not net.bn.sample_widths
+    others = nn.Sequential(SlimmableConv2d(3, 8, 1), SwitchableBatchNorm2d(8, [1.0]))
+    with pytest.raises(ValueError, match="width must be one number for SwitchableBatchNorm2d, got one for every"):
+        gk.nn.set_width(others, [1.0, 1.0])
+    assert not others[0].sample_widths
+    with pytest.raises(ValueError, match="width must be one number for a layer of 3 parts"):
+        SlimmableLinear(8, 24, parts=3).set_widths((0.5,))
+
+    with gk.width(net, [0.5, 1.0]):
+        with pytest.raises(ValueError, match=r"x must hold 2 samples, one for each width, got \(8, 3, 6, 6\)"):
+            net(BATCHES[0])
+        with pytest.raises(ValueError, match=r"width must have statistics, got 0\.5 without"):
+            net(x)
+        with pytest.raises(ValueError, match="width must be one number in training, got one for each of 2 samples"):
+            net.train()(x)
+        with pytest.raises(ValueError, match="width must be one number here, got one for each of 2 samples"):
+            gk.slice(net)
+        with pytest.raises(ValueError, match="width must be one number here, got one for each of 2 samples"):
+            gk.nn.count_flops(net.eval(), x)
+
+
 def test_calibration_averages_all_batches():
     net = Small().eval()
     gk.calibrate_norms(net, ((batch, None) for _ in range(2) for batch in BATCHES), [0.5, 1.0], limit=3)
     assert not any(module.training for module in net.modules()) and net.bn.momentum == 0.1
-    for width, suffix in ((0.5, "_0_5"), (1.0, "")):
+    for width, prefix in ((0.5, "at_0_5."), (1.0, "")):
         channels = 32 if width == 1 else 16
         outs = [conv2d(batch, net.conv.weight[:channels], net.conv.bias[:channels]) for batch in BATCHES]
         mean = torch.stack([y.mean((0, 2, 3)) for y in outs]).mean(0)
         var = torch.stack([y.var((0, 2, 3)) for y in outs]).mean(0)
-        torch.testing.assert_close(net.bn.get_buffer(f"running_mean{suffix}"), mean)
-        torch.testing.assert_close(net.bn.get_buffer(f"running_var{suffix}"), var)
+        torch.testing.assert_close(net.bn.get_buffer(f"{prefix}running_mean")[:channels], mean)
+        torch.testing.assert_close(net.bn.get_buffer(f"{prefix}running_var")[:channels], var)
     net.set_width = None  # type: ignore[assignment]
     with gk.width(net, 0.5):
         assert net(BATCHES[0]).shape == (8, 4)
@@ -311,11 +361,11 @@ def test_calibration_averages_all_batches():
 def test_calibration_by_a_running_average():
     net = Small()
     gk.calibrate_norms(net, BATCHES, [0.5], momentum=0.1)
-    assert net.training and net.bn.get_buffer("num_batches_tracked_0_5") == 3
+    assert net.training and net.bn.get_buffer("at_0_5.num_batches_tracked") == 3
     first = nn.BatchNorm2d(16)
     for batch in BATCHES:
         first(conv2d(batch, net.conv.weight[:16], net.conv.bias[:16]))
-    torch.testing.assert_close(net.bn.get_buffer("running_mean_0_5"), first.running_mean)
+    torch.testing.assert_close(net.bn.get_buffer("at_0_5.running_mean")[:16], first.running_mean)
 
 
 @pytest.mark.parametrize(
@@ -345,6 +395,29 @@ def test_statistics_travel_with_the_state_dict():
     for width in (0.5, 0.75):
         with gk.width(net.eval(), width), gk.width(other.eval(), width):
             assert torch.equal(net(BATCHES[0]), other(BATCHES[0]))
+    without = Small()
+    gk.nn.set_width(other, 0.5)
+    other.load_state_dict(without.state_dict())
+    assert other.state_dict().keys() == without.state_dict().keys()
+    with pytest.raises(ValueError, match=r"width must have statistics, got 0\.5 without"):
+        other(BATCHES[0])
+
+
+def test_statistics_follow_their_layer():
+    """What a layer holds at a narrow width moves, is copied and is replaced with it."""
+    net = Small().eval()
+    gk.calibrate_norms(net, BATCHES, [0.5, 1.0])
+    assert not any(module.training for module in net.modules())
+    gk.nn.set_width(net, 0.5)
+    before = net(BATCHES[0])
+    twin = copy.deepcopy(net)
+    torch.testing.assert_close(twin.double()(BATCHES[0].double()), before.double())
+    assert torch.equal(net(BATCHES[0]), before)
+    doubled = {name: 2 * value for name, value in net.named_buffers()}
+    assert {"bn.at_0_5.running_mean", "bn.running_mean"} < doubled.keys()
+    other = torch.func.functional_call(net, doubled, (BATCHES[0],))
+    net.load_state_dict(doubled, strict=False)
+    assert torch.equal(net(BATCHES[0]), other) and not torch.equal(other, before)
 
 
 def test_slice_is_an_ordinary_network():
@@ -378,3 +451,15 @@ def test_compiled_training_makes_few_graphs():
         with gk.width(net, width):
             torch.testing.assert_close(compiled(BATCHES[0]), net(BATCHES[0]))
     assert counter.frame_count <= 3  # full width, with its running averages; other widths; both as one
+
+
+def test_compiled_evaluation_makes_few_graphs():
+    """Calibrated widths, more of them than PyTorch compiles one by one."""
+    torch._dynamo.reset()
+    net, counter, widths = Small(), CompileCounter(), [1.0, 0.5, 0.75, 0.25, 0.3, 0.6, 0.9, 0.4, 0.7, 0.8]
+    gk.calibrate_norms(net, BATCHES, widths)
+    compiled = torch.compile(net.eval(), backend=counter, fullgraph=True)
+    for width in [*widths, 0.5]:
+        with gk.width(net, width), torch.no_grad():
+            torch.testing.assert_close(compiled(BATCHES[0]), net(BATCHES[0]))
+    assert counter.frame_count <= 3  # full width, whose statistics are its own; the first other; all others

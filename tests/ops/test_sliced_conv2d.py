@@ -183,8 +183,8 @@ def test_every_sample_has_its_width_in_any_geometry(backend: str, case: str, ima
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference", "dense"])
 def test_every_sample_has_its_width_in_any_dtype(backend: str, dtype: torch.dtype, images, compare):
     weight, bias = make_weights(12, 10, 3, 3, dtype=dtype)
     ins, outs = torch.tensor([10, 3, 7, 3]), torch.tensor([4, 12, 1, 12])

@@ -84,11 +84,12 @@ def test_equals_the_sliced_layer(backend: str, shape: Sequence[Any], layout: str
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("width", [7, torch.tensor([10, 3, 7])], ids=["int", "tensor"])
-def test_dtypes(dtype: torch.dtype, width: Any, compare):
+@pytest.mark.parametrize("backend", ["auto", "reference", "dense"])
+def test_dtypes(dtype: torch.dtype, width: Any, backend: str, compare):
     weight, bias = make_weights(12, 10, dtype)
     every = width if isinstance(width, Tensor) else [width] * 3
     compare(
-        lambda x, w, b: gk.sliced_linear(x, w, b, width),
+        lambda x, w, b: gk.sliced_linear(x, w, b, width, backend=backend),
         definition(every, None),
         [make_samples((3, 6, 10), dtype=dtype), weight, bias],
         rounding=3,
@@ -133,7 +134,7 @@ def test_every_sample_has_its_width(backend: str, shape: Sequence[Any], which: t
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(data=st.data())
 def test_the_kernel_serves_any_size(data: st.DataObject, compare):
-    n, t, c, k = (data.draw(st.integers(1, m), name) for name, m in (("N", 5), ("T", 60), ("C", 200), ("K", 100)))
+    n, t, c, k = (data.draw(st.integers(1, m), name) for name, m in (("N", 5), ("T", 60), ("C", 600), ("K", 200)))
     ins = torch.tensor(data.draw(st.lists(st.integers(0, c), min_size=n, max_size=n), "in"))
     outs = torch.tensor(data.draw(st.lists(st.integers(0, k), min_size=n, max_size=n), "out"), dtype=torch.int32)
     torch.manual_seed(data.draw(st.integers(0, 2**32), "seed"))
@@ -155,6 +156,50 @@ def test_what_lies_beyond_the_width_is_neither_read_nor_left(backend: str):
         x[n, :, ins[n] :] = torch.nan
         assert not clean[n, :, outs[n] :].any()
     assert torch.equal(gk.sliced_linear(x, weight, bias, ins, outs, backend=backend), clean)
+
+
+@needs_cpu
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_a_width_is_a_plan_without_a_list(tokens: int):
+    """One mechanism: the gated layer of masks that are prefixes has lists, and the same bits."""
+    x, (weight, bias), ins = torch.randn(4, tokens, 300), make_weights(130, 300), torch.tensor([300, 7, 0, 258])
+    sliced = gk.sliced_linear(x, weight, bias, ins, backend="cpu")
+    assert torch.equal(sliced, gk.gated_linear(x, weight, bias, prefix(ins, 300), backend="cpu"))
+
+
+@needs_cpu
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [3, 200], ids=["panel by panel", "sample by sample"])
+def test_widths_at_the_ends_of_panels(tokens: int, threads: int, compare):
+    before = torch.get_num_threads()
+    ins, outs = torch.tensor([300, 1, 256, 0, 299, 257]), torch.tensor([0, 32, 33, 256, 288, 255])
+    torch.set_num_threads(threads)
+    try:
+        compare(
+            lambda x, w, b: gk.sliced_linear(x, w, b, ins, outs, backend="cpu"),
+            definition(ins, outs),
+            [make_samples((6, tokens, 300)), *make_weights(288, 300)],
+            rounding=4,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_cpu
+def test_a_known_call_is_not_looked_at(monkeypatch: pytest.MonkeyPatch):
+    def forbid(*_: object) -> None:
+        raise AssertionError("the call was looked at")
+
+    x, weight, ins = torch.randn(2, 3, 8), torch.randn(9, 8), torch.tensor([8, 4])
+    expected = gk.sliced_linear(x, weight, None, ins, ins)
+    monkeypatch.setattr(op.arguments, "check_tokens", forbid)
+    assert torch.equal(gk.sliced_linear(x, weight, None, ins, ins), expected)
+    assert torch.equal(gk.sliced_linear(x.roll(1, 0), weight, None, ins.roll(1), ins.roll(1)), expected.roll(1, 0))
+    for other in ((x, weight, None, ins, None), (x, weight, None, ins, ins.int()), (x, weight, None, ins, 4)):
+        with pytest.raises(AssertionError, match="looked at"):
+            gk.sliced_linear(*other)
+    with pytest.raises(AssertionError, match="looked at"):
+        gk.sliced_linear(x, weight.clone().requires_grad_(), None, ins, ins)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
