@@ -48,8 +48,8 @@ Planes Planes::of(const Tensor& images, const Plan& plan) {
 
 namespace {
 
-// Filters of T taps, `step` floats from one to the next, exchanged with lanes: lanes[t][l] and filters[l][t]. Four lanes
-// by four taps at a time are squares.
+// Filters of T taps, `step` floats from one to the next, exchanged with lanes: lanes[t][l] and filters[l][t]. Four
+// lanes by four taps at a time are squares.
 
 // The window is mirrored: filters[l][t] to lanes[T - 1 - t][l].
 template <int T>
@@ -84,8 +84,8 @@ void from_lanes(const float* lanes, int64_t count, float* filters, int64_t step)
   }
 }
 
-// The first of the channels [from, to) that some sample uses, or `to`. Filters that are used are rows in no order that a
-// processor foresees, read or written: each of them brings the next one.
+// The first of the channels [from, to) that some sample uses, or `to`. Filters that are used are rows in no order that
+// a processor foresees, read or written: each of them brings the next one.
 int64_t next_used(const std::vector<int32_t>& used, int64_t from, int64_t to) {
   while (from < to && !used[from]) ++from;
   return from;

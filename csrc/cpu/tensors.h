@@ -83,8 +83,8 @@ struct Plan {
 Geometry geometry(const Tensor& x, int64_t taps, int64_t stride);
 
 // Weights in the two layouts of kernels.h, made from (K, C, S, S) of any strides, filled in where the plan has active
-// channels: output channels of rows, input channels of blocks (all, without a plan). They lie in the weights themselves,
-// in memory that the calling thread keeps until its next call, or in memory of their own.
+// channels: output channels of rows, input channels of blocks (all, without a plan). They lie in the weights
+// themselves, in memory that the calling thread keeps until its next call, or in memory of their own.
 struct PackedWeights {
   const float* floats;
   Tensor memory;
