@@ -199,10 +199,13 @@ FUNCTIONALS = tuple(
 
 BACKWARDS = (
     *(BackwardCase("gated_block", *shape, 16, 0.3) for shape in SHAPES),
-    *(BackwardCase("gated_block", *shape, 1, 0.3) for shape in SHAPES),
+    *(BackwardCase("gated_block", *shape, 1, 0.3) for shape in (SHAPES[0], SHAPES[3])),
     BackwardCase("gated_block", *SHAPES[0], 16, 1.0),
     *(BackwardCase("gated_conv2d", *shape, 16, 0.3) for shape in (SHAPES[0], SHAPES[2])),
 )
+
+# One image, whose gradients are soon computed and all the same written whole.
+BACKWARDS_ONE = tuple(BackwardCase("gated_block", *shape, 1, density) for density, shape in product((0.3, 0.5), SHAPES))
 
 _MOST = ("density", DENSITIES[1:])
 _LEAST = ("density", DENSITIES[:1])
@@ -270,11 +273,12 @@ GROUPS: dict[str, tuple[BlockCase | BottleneckCase | NetworkCase | FunctionalCas
     "network_50": NETWORKS_50,
     "functional": FUNCTIONALS,
     "backward": BACKWARDS,
+    "backward_one": BACKWARDS_ONE,
     "linear": LINEARS,
 }
 
 # Groups that are measured where they are asked for; the others take ten minutes.
-ON_REQUEST = ("block_bf16", "network_bf16", "bottleneck", "network_50")
+ON_REQUEST = ("block_bf16", "network_bf16", "bottleneck", "network_50", "backward_one")
 
 # What a case takes beside the seconds it is timed for: building, checking, choosing the baseline; two Zen 4 cores.
 SECONDS_BESIDE = {
@@ -288,5 +292,6 @@ SECONDS_BESIDE = {
     "network_50": 40.0,
     "functional": 0.6,
     "backward": 0.8,
+    "backward_one": 0.8,
     "linear": 0.4,
 }

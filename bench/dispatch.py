@@ -1,7 +1,8 @@
-"""What a call of an operator costs where there is nothing to compute: ``python -m bench.dispatch``.
+"""What a call costs where there is nothing to compute: ``python -m bench.dispatch``.
 
-Empty batches of 32 channels. Microseconds in inference mode and otherwise, the smallest of 40 means of 100 calls: what
-the processor does beside makes a mean larger, and never smaller.
+Operators, as modules and functions call them, and the functions, on empty batches of 32 channels. Microseconds in
+inference mode and otherwise, the smallest of 40 means of 100 calls: what the processor does beside makes a mean larger,
+and never smaller.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import conv2d
 
-from gatedkernels import _extension
+from gatedkernels import _extension, gated_block, gated_conv2d, plan
 from gatedkernels.ops.packed import pack_blocks, pack_rows, pack_tile_blocks, pack_tile_rows
 
 Call = Callable[[], object]
@@ -21,7 +22,7 @@ _MEANS, _CALLS = 40, 100
 
 
 def calls() -> dict[str, Call]:
-    """A call of each operator by name."""
+    """A call of each operator and function by name."""
     if _extension.CPU_ERROR is not None:
         raise RuntimeError(str(_extension.CPU_ERROR))
     ops, last = torch.ops.gatedkernels, torch.channels_last
@@ -33,23 +34,30 @@ def calls() -> dict[str, Call]:
     block = pack_rows(weight), bias, pack_blocks(weight), bias
     plain, tiled = (*block, None, None), (*block, pack_tile_rows(weight), pack_tile_blocks(weight))
     shortcut = pack_blocks(point), bias
+    plan_cpu, pool, channel_gate = ops.plan_cpu.default, ops.packed_pool.default, ops.channel_gate.default
+    packed_conv2d, packed_block = ops.packed_conv2d.default, ops.packed_block.default
+    residual, conv_cpu, block_cpu = (
+        ops.packed_residual.default,
+        ops.gated_conv2d_cpu.default,
+        ops.gated_block_cpu.default,
+    )
     return {
-        "plan_cpu": lambda: ops.plan_cpu(mask),
-        "packed_pool": lambda: ops.packed_pool(x),
-        "channel_gate": lambda: ops.channel_gate(x, *gate),
-        "packed_conv2d": lambda: ops.packed_conv2d(x, block[2], bias, None, None, None, _CHANNELS, 1, True),
-        "packed_block": lambda: ops.packed_block(x, *plain, mask, x, 1),
-        "packed_block, on tiles": lambda: ops.packed_block(x, *tiled, mask, x, 1),
-        "packed_residual": lambda: ops.packed_residual(x, *gate, *tiled, None, None, None, 1),
-        "packed_residual, with a shortcut and a mask": lambda: ops.packed_residual(
-            x, *gate, *tiled, *shortcut, mask, 1
-        ),
-        "gated_conv2d_cpu": lambda: ops.gated_conv2d_cpu(x, weight, bias, None, mask, 1, 1.0),
-        "gated_conv2d_cpu, filters channels-last": lambda: ops.gated_conv2d_cpu(x, as_last, bias, None, mask, 1, 1.0),
-        "gated_block_cpu": lambda: ops.gated_block_cpu(x, weight, bias, weight, bias, mask, x, 1, 1.0),
-        "gated_block_cpu, filters channels-last": lambda: ops.gated_block_cpu(
-            x, as_last, bias, as_last, bias, mask, x, 1, 1.0
-        ),
+        "plan_cpu": lambda: plan_cpu(mask),
+        "packed_pool": lambda: pool(x),
+        "channel_gate": lambda: channel_gate(x, *gate),
+        "packed_conv2d": lambda: packed_conv2d(x, block[2], bias, None, None, None, _CHANNELS, 1, True),
+        "packed_block": lambda: packed_block(x, *plain, mask, x, 1),
+        "packed_block, on tiles": lambda: packed_block(x, *tiled, mask, x, 1),
+        "packed_residual": lambda: residual(x, *gate, *tiled),
+        "packed_residual, with a shortcut": lambda: residual(x, *gate, *tiled, *shortcut, None, 1),
+        "packed_residual, with a shortcut and a mask": lambda: residual(x, *gate, *tiled, *shortcut, mask, 1),
+        "gated_conv2d_cpu": lambda: conv_cpu(x, weight, bias, None, mask, 1.0),
+        "gated_conv2d_cpu, filters channels-last": lambda: conv_cpu(x, as_last, bias, None, mask, 1.0),
+        "gated_block_cpu": lambda: block_cpu(x, weight, bias, weight, bias, mask, x, 1.0),
+        "gated_block_cpu, filters channels-last": lambda: block_cpu(x, as_last, bias, as_last, bias, mask, x, 1.0),
+        "function plan": lambda: plan(mask),
+        "function gated_conv2d": lambda: gated_conv2d(x, weight, bias, out_mask=mask, padding=1),
+        "function gated_block": lambda: gated_block(x, weight, bias, weight, bias, mask, residual=x),
         "PyTorch's conv2d": lambda: conv2d(x, as_last, bias, 1, 1),
     }
 
@@ -71,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.dispatch", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     torch.set_num_threads(parser.parse_args().threads)
-    print("| operator | inference mode, µs | otherwise |\n| --- | ---: | ---: |")
+    print("| call | inference mode, µs | otherwise |\n| --- | ---: | ---: |")
     for name, call in calls().items():
         with torch.inference_mode():
             inside = microseconds(call)

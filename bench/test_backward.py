@@ -12,3 +12,9 @@ from bench.cases import GROUPS, BackwardCase
 def test_backward(case: BackwardCase, run: Any) -> None:
     with backward_trial(case) as trial:
         run(case, trial)
+
+
+@pytest.mark.parametrize("case", GROUPS["backward_one"], indirect=True, ids=str)
+def test_backward_one(case: BackwardCase, run: Any) -> None:
+    with backward_trial(case) as trial:
+        run(case, trial)

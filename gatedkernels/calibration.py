@@ -209,9 +209,9 @@ def _calls(case: Case) -> dict[str, Callable[[], Tensor]]:
     def call(density: float, threshold: float) -> Callable[[], Tensor]:
         mask = ranks < round(density * c)
         if case.kernel == "gated_block":
-            return lambda: operators.gated_block_cpu.default(x, weight, bias, weight, bias, mask, x, 1, threshold)
+            return lambda: operators.gated_block_cpu.default(x, weight, bias, weight, bias, mask, x, threshold)
         masks = (mask, None) if case.kernel == "conv_in" else (None, mask)
-        return lambda: operators.gated_conv2d_cpu.default(x, weight, bias, *masks, 1, threshold)
+        return lambda: operators.gated_conv2d_cpu.default(x, weight, bias, *masks, threshold)
 
     calls = {f"{density}": call(density, ALWAYS) for density in _DENSITIES}
     return {"dense": call(0.5, _NEVER), "dense, all open": call(1.0, _NEVER), **calls}

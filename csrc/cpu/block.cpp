@@ -236,12 +236,12 @@ Tensor run_block(const Tensor& given_x, const Weights& weights1, const Weights& 
 Tensor packed_block(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                     const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2, const Tensor& mask,
                     const MaybeTensor& residual, int64_t stride) {
-  return block_and_shortcut(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, std::nullopt,
+  return block_and_shortcut(x, weight1, bias1, weight2, bias2, tiles1, tiles2, Plan(mask), residual, std::nullopt,
                             std::nullopt, stride);
 }
 
 Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
-                          const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2, const Tensor& mask,
+                          const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2, const Plan& plan,
                           const MaybeTensor& residual, const MaybeTensor& shortcut_weight,
                           const MaybeTensor& shortcut_bias, int64_t stride) {
   STD_TORCH_CHECK(x.dim() == 4 && weight1.dim() == 4 && weight2.dim() == 5, "x is (N, C, H, W), weights are packed");
@@ -256,7 +256,7 @@ Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& 
   STD_TORCH_CHECK(!tiles2 || (tiles2->is_contiguous() &&
                               tiles2->numel() == ceil_div(out, kBlock) * 4 * hidden * kTileRow),
                   "tiles2 is packed as (K / 32, 4, M, 4 * 32)");
-  STD_TORCH_CHECK(mask.size(0) == x.size(0) && mask.size(1) == hidden, "mask has shape (N, M)");
+  STD_TORCH_CHECK(plan.samples == x.size(0) && plan.channels == hidden, "mask has shape (N, M)");
   const Geometry size = geometry(x, 3, stride);
   STD_TORCH_CHECK(!residual || (residual->size(0) == x.size(0) && residual->size(1) == out &&
                                 residual->size(2) == size.OH && residual->size(3) == size.OW),
@@ -267,16 +267,16 @@ Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& 
                        shortcut_weight->size(2) == 1 && shortcut_bias->is_contiguous() && shortcut_bias->size(0) == out),
                   "the shortcut's weight is packed as (K / 32, C, 1, 1, 32)");
   if (x.scalar_type() == ScalarType::BFloat16) {
-    return block_and_shortcut_bf16(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, shortcut_weight,
+    return block_and_shortcut_bf16(x, weight1, bias1, weight2, bias2, tiles1, tiles2, plan, residual, shortcut_weight,
                                    shortcut_bias, stride);
   }
   check_float(x, 4), check_float(weight1, 4), check_float(weight2, 5);
   const Weights weights1{floats(weight1), floats(tiles1), floats(bias1)};
   const Weights weights2{floats(weight2), floats(tiles2), floats(bias2)};
-  if (!shortcut_weight) return run_block(x, weights1, weights2, hidden, out, Plan(mask), residual, stride);
+  if (!shortcut_weight) return run_block(x, weights1, weights2, hidden, out, plan, residual, stride);
   Tensor skip = empty({x.size(0), out, size.OH, size.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);
   const Shortcut shortcut{floats(*shortcut_weight), floats(*shortcut_bias), skip.mutable_data_ptr<float>()};
-  return run_block(x, weights1, weights2, hidden, out, Plan(mask), std::nullopt, stride, std::nullopt, &shortcut);
+  return run_block(x, weights1, weights2, hidden, out, plan, std::nullopt, stride, std::nullopt, &shortcut);
 }
 
 namespace {
@@ -286,17 +286,17 @@ Tensor functional_block(const Tensor& x, const Tensor& weight1, const MaybeTenso
                         const MaybeTensor& kept) {
   check_float(x, 4), check_float(weight1, 4), check_float(weight2, 4);
   const Plan plan(mask);
-  const Tensor rows1 = weight_rows(weight1, plan), blocks2 = weight_blocks(weight2, &plan);
+  const PackedWeights rows1 = weight_rows(weight1, plan), blocks2 = weight_blocks(weight2, &plan);
   const MaybeTensor b1 = row_major(bias1), b2 = row_major(bias2);
-  return run_block(x, {floats(rows1), nullptr, floats(b1)}, {floats(blocks2), nullptr, floats(b2)}, weight1.size(0),
+  return run_block(x, {rows1.floats, nullptr, floats(b1)}, {blocks2.floats, nullptr, floats(b2)}, weight1.size(0),
                    weight2.size(0), plan, residual, stride, kept);
 }
 
 }  // namespace
 
 Tensor gated_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2,
-                   const MaybeTensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride,
-                   double threshold) {
+                   const MaybeTensor& bias2, const Tensor& mask, const MaybeTensor& residual, double threshold,
+                   int64_t stride) {
   check_float(x, 4), check_float(weight1, 4), check_float(weight2, 4);
   const MemoryFormat layout = layout_like(x);
   if (too_dense(mask, threshold)) return dense_block(x, weight1, bias1, weight2, bias2, mask, residual, stride, layout);

@@ -241,11 +241,11 @@ class PairBlock {
   const uint64_t call_ = next_call();
 };
 
-Tensor in_float32(const Given& given, const Tensor& mask, int64_t stride) {
+Tensor in_float32(const Given& given, const Plan& plan, int64_t stride) {
   auto wide = [](const Tensor& t) { return converted(t, ScalarType::Float); };
   auto maybe = [&](const MaybeTensor& t) { return t ? MaybeTensor(wide(*t)) : t; };
   return converted(block_and_shortcut(wide(given.x), wide(given.weight1), wide(given.bias1), wide(given.weight2),
-                                      wide(given.bias2), std::nullopt, std::nullopt, mask, maybe(given.residual),
+                                      wide(given.bias2), std::nullopt, std::nullopt, plan, maybe(given.residual),
                                       maybe(given.shortcut_weight), maybe(given.shortcut_bias), stride),
                    ScalarType::BFloat16);
 }
@@ -254,7 +254,7 @@ Tensor in_float32(const Given& given, const Tensor& mask, int64_t stride) {
 
 Tensor block_and_shortcut_bf16(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                                const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2,
-                               const Tensor& mask, const MaybeTensor& residual, const MaybeTensor& shortcut_weight,
+                               const Plan& plan, const MaybeTensor& residual, const MaybeTensor& shortcut_weight,
                                const MaybeTensor& shortcut_bias, int64_t stride) {
   const Given given{x, weight1, bias1, weight2, bias2, tiles1, tiles2, residual, shortcut_weight, shortcut_bias};
   for (const MaybeTensor& t : {MaybeTensor(x), MaybeTensor(weight1), MaybeTensor(bias1), MaybeTensor(weight2),
@@ -263,8 +263,7 @@ Tensor block_and_shortcut_bf16(const Tensor& x, const Tensor& weight1, const Ten
                     "x, weights and residual share a dtype");
   }
   const Bf16Kernels* run = bf16_kernels();
-  if (!run || (shortcut_weight && x.size(1) % 2)) return in_float32(given, mask, stride);
-  const Plan plan(mask);
+  if (!run || (shortcut_weight && x.size(1) % 2)) return in_float32(given, plan, stride);
   const Tensor images = channels_last(x);
   const MaybeTensor skip = channels_last(residual);
   const Geometry size = geometry(x, 3, stride);

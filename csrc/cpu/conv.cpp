@@ -123,9 +123,9 @@ Tensor conv_in(const Tensor& packed, const Tensor& weight, const MaybeTensor& bi
                const Tensor& count, int64_t stride) {
   check_float(packed, 4), check_float(weight, 4);
   const Plan plan(index, count, packed.size(0), packed.size(1));
-  const Tensor blocks = weight_blocks(weight, &plan);
+  const PackedWeights blocks = weight_blocks(weight, &plan);
   const MaybeTensor b = row_major(bias);
-  return run_in(packed, floats(blocks), floats(b), weight.size(0), weight.size(2), &plan, false, nullptr, std::nullopt,
+  return run_in(packed, blocks.floats, floats(b), weight.size(0), weight.size(2), &plan, false, nullptr, std::nullopt,
                 stride, false);
 }
 
@@ -136,12 +136,12 @@ Tensor conv_out(const Tensor& given_x, const Tensor& weight, const MaybeTensor& 
   const MaybeTensor b = row_major(bias);
   const int64_t N = x.size(0), C = x.size(1), K = weight.size(0);
   const Plan plan(index, count, N, K);
-  const Tensor rows = weight_rows(weight, plan);
+  const PackedWeights rows = weight_rows(weight, plan);
   const Geometry size = geometry(x, weight.size(2), stride);
   const int64_t plane = int64_t{size.OH} * size.OW;
   Tensor packed = empty({N, K, size.OH, size.OW});
   if (packed.numel() == 0) return packed;
-  const OutConv conv{size, static_cast<int>(C), floats(rows), floats(b), plane, relu};
+  const OutConv conv{size, static_cast<int>(C), rows.floats, floats(b), plane, relu};
   const float* in = floats(x);
   float* out = packed.mutable_data_ptr<float>();
   constexpr int64_t kTile = 12;  // channels of one item: whole tiles of every width
@@ -157,7 +157,7 @@ Tensor conv_out(const Tensor& given_x, const Tensor& weight, const MaybeTensor& 
 }
 
 Tensor gated_conv2d(const Tensor& given_x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& in_mask,
-                    const MaybeTensor& out_mask, int64_t stride, double threshold) {
+                    const MaybeTensor& out_mask, double threshold, int64_t stride) {
   check_float(given_x, 4), check_float(weight, 4);
   const MemoryFormat layout = layout_like(given_x);
   if (too_dense(out_mask ? out_mask : in_mask, threshold)) {  // with both, work is saved by the output channels
@@ -167,14 +167,14 @@ Tensor gated_conv2d(const Tensor& given_x, const Tensor& weight, const MaybeTens
   const int64_t K = weight.size(0), taps = weight.size(2);
   if (!out_mask) {
     const std::optional<Plan> plan = in_mask ? std::optional<Plan>(*in_mask) : std::nullopt;
-    const Tensor blocks = weight_blocks(weight, plan ? &*plan : nullptr);
-    return in_layout(run_in(given_x, floats(blocks), floats(b), K, taps, plan ? &*plan : nullptr, true, nullptr,
+    const PackedWeights blocks = weight_blocks(weight, plan ? &*plan : nullptr);
+    return in_layout(run_in(given_x, blocks.floats, floats(b), K, taps, plan ? &*plan : nullptr, true, nullptr,
                             std::nullopt, stride, false),
                      layout);
   }
   const Plan plan(*out_mask);
-  const Tensor rows = weight_rows(weight, plan);
-  return out_gated(open_channels(given_x, in_mask), floats(rows), K, taps, floats(b), plan, stride, layout);
+  const PackedWeights rows = weight_rows(weight, plan);
+  return out_gated(open_channels(given_x, in_mask), rows.floats, K, taps, floats(b), plan, stride, layout);
 }
 
 Tensor sliced_conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& in_width,
@@ -189,8 +189,8 @@ Tensor sliced_conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& b
   const std::optional<Plan> all_ins = prefix(in_width, x.size(1)), all_outs = prefix(out_width, K);
   const Plan *ins = all_ins ? &*all_ins : nullptr, *outs = all_outs ? &*all_outs : nullptr;
   if (sliced_tiles_pay(x, weight, stride, ins, outs)) {
-    const Tensor blocks = weight_blocks(weight, ins, outs ? outs->most() : K);
-    return in_layout(sliced_on_tiles(x, blocks, floats(b), K, ins, outs), layout);
+    const PackedWeights blocks = weight_blocks(weight, ins, outs ? outs->most() : K);
+    return in_layout(sliced_on_tiles(x, blocks.floats, floats(b), K, ins, outs), layout);
   }
   // For so many output pixels of the batch packing the filters, for the faster kernel, pays; measured on Zen 4.
   constexpr int64_t kManyPixels = 2048;
@@ -198,8 +198,8 @@ Tensor sliced_conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& b
   if (N * size.OH * size.OW < kManyPixels) {
     return in_layout(sliced_on_rows(x, weight, floats(b), ins, outs, stride), layout);
   }
-  const Tensor blocks = weight_blocks(weight, ins, outs ? outs->most() : K);
-  return in_layout(run_in(x, floats(blocks), floats(b), K, weight.size(2), ins, false, nullptr, std::nullopt, stride,
+  const PackedWeights blocks = weight_blocks(weight, ins, outs ? outs->most() : K);
+  return in_layout(run_in(x, blocks.floats, floats(b), K, weight.size(2), ins, false, nullptr, std::nullopt, stride,
                           false, outs),
                    layout);
 }

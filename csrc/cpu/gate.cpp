@@ -117,12 +117,16 @@ class Gate {
 
 Tensor channel_gate(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                     const Tensor& bias2) {
+  Tensor mask = empty({x.size(0), weight2.size(0)}, ScalarType::Bool);
+  decide(x, weight1, bias1, weight2, bias2, mask.mutable_data_ptr<bool>());
+  return mask;
+}
+
+void decide(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
+            bool* open) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), "x is (N, C, H, W) on the CPU");
   const Pixels pixels(x);
-  const GateLayers layers(weight1, bias1, weight2, bias2, pixels.C);
-  Tensor mask = empty({pixels.N, layers.decisions()}, ScalarType::Bool);
-  Gate(pixels, layers, mask.mutable_data_ptr<bool>()).run();
-  return mask;
+  Gate(pixels, GateLayers(weight1, bias1, weight2, bias2, pixels.C), open).run();
 }
 
 Tensor packed_pool(const Tensor& x) {

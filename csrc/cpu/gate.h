@@ -9,6 +9,10 @@ namespace gatedkernels {
 Tensor channel_gate(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                     const Tensor& bias2);
 
+// The same to memory for (N, K) decisions.
+void decide(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
+            bool* open);
+
 // Images (N, C, H, W) of either dtype to (N, C).
 Tensor packed_pool(const Tensor& x);
 

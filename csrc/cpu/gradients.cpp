@@ -4,6 +4,9 @@
 #include <cstring>
 #include <memory>
 
+#include "cpu/bring.h"
+#include "squares.h"
+
 namespace gatedkernels {
 
 Planes::Planes(const Plan& plan, int64_t pixels) : plan_(&plan), pitch_(pitch_of(pixels)), memory_(empty({0})) {
@@ -45,19 +48,47 @@ Planes Planes::of(const Tensor& images, const Plan& plan) {
 
 namespace {
 
-// Filters of T taps exchanged with lanes: lanes[t][l] and filters[l][t].
+// Filters of T taps, `step` floats from one to the next, exchanged with lanes: lanes[t][l] and filters[l][t]. Four
+// lanes by four taps at a time are squares.
+
+// The window is mirrored: filters[l][t] to lanes[T - 1 - t][l].
 template <int T>
-void to_lanes(const float* filters, int64_t count, float* lanes) {
-  for (int64_t l = 0; l < count; ++l) {
-    for (int t = 0; t < T; ++t) lanes[t * kBlock + l] = filters[l * T + T - 1 - t];  // the window mirrored
+void to_lanes(const float* filters, int64_t step, int64_t count, float* lanes, int64_t row) {
+  constexpr int kSquares = T / 4 * 4;
+  int64_t l = 0;
+  for (; l + 4 <= count; l += 4, filters += 4 * step) {
+    for (int t = 0; t < kSquares; t += 4) {
+      transpose_square(filters + t, step, lanes + (T - 1 - t) * row + l, -row);
+    }
+    for (int t = kSquares; t < T; ++t) {
+      for (int i = 0; i < 4; ++i) lanes[(T - 1 - t) * row + l + i] = filters[i * step + t];
+    }
+  }
+  for (; l < count; ++l, filters += step) {
+    for (int t = 0; t < T; ++t) lanes[(T - 1 - t) * row + l] = filters[t];
   }
 }
 
 template <int T>
-void from_lanes(const float* lanes, int64_t count, float* filters) {
-  for (int64_t l = 0; l < count; ++l) {
-    for (int t = 0; t < T; ++t) filters[l * T + t] = lanes[t * kBlock + l];
+void from_lanes(const float* lanes, int64_t count, float* filters, int64_t step) {
+  constexpr int kSquares = T / 4 * 4;
+  int64_t l = 0;
+  for (; l + 4 <= count; l += 4, filters += 4 * step) {
+    for (int t = 0; t < kSquares; t += 4) transpose_square(lanes + t * kBlock + l, kBlock, filters + t, step);
+    for (int t = kSquares; t < T; ++t) {
+      for (int i = 0; i < 4; ++i) filters[i * step + t] = lanes[t * kBlock + l + i];
+    }
   }
+  for (; l < count; ++l, filters += step) {
+    for (int t = 0; t < T; ++t) filters[t] = lanes[t * kBlock + l];
+  }
+}
+
+// The first of the channels [from, to) that some sample uses, or `to`. Filters that are used are rows in no order that
+// a processor foresees, read or written: each of them brings the next one.
+int64_t next_used(const std::vector<int32_t>& used, int64_t from, int64_t to) {
+  while (from < to && !used[from]) ++from;
+  return from;
 }
 
 }  // namespace
@@ -73,8 +104,9 @@ void TurnedFilters::block(int64_t block, int64_t from, int64_t to, float* turned
   const int64_t C = weight.size(1), taps = weight.size(2) * weight.size(3);
   const int64_t first = block * kBlock, lanes = std::min<int64_t>(kBlock, C - first);
   const float* filters = floats_ + first * taps;
-  for (int64_t k = from; k < to; ++k) {
-    if (!used[k]) continue;
+  for (int64_t k = next_used(used, from, to), next; k < to; k = next) {
+    next = next_used(used, k + 1, to);
+    if (!by_taps && next < to) bring(filters + next * C * taps, lanes * taps);
     float* row = turned + k * taps * kBlock;
     if (lanes < kBlock) std::fill_n(row, taps * kBlock, 0.0f);
     if (by_taps) {
@@ -82,13 +114,17 @@ void TurnedFilters::block(int64_t block, int64_t from, int64_t to, float* turned
       for (int64_t t = 0; t < taps; ++t) std::copy_n(filter + (taps - 1 - t) * C, lanes, row + t * kBlock);
       continue;
     }
-    (taps == 9 ? to_lanes<9> : to_lanes<1>)(filters + k * C * taps, lanes, row);
+    (taps == 9 ? to_lanes<9> : to_lanes<1>)(filters + k * C * taps, taps, lanes, row, kBlock);
   }
 }
 
 void TurnedFilters::rows(int64_t from, int64_t to, float* turned) const {
-  const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
-  const int64_t tap = by_taps ? C : 1, channel = by_taps ? 1 : taps;
+  weight.size(2) == 3 ? rows_of<9>(from, to, turned) : rows_of<1>(from, to, turned);
+}
+
+template <int T>
+void TurnedFilters::rows_of(int64_t from, int64_t to, float* turned) const {
+  const int64_t K = weight.size(0), C = weight.size(1);
   std::vector<int64_t> open;
   for (int64_t c = from; c < to; ++c) {
     if (used[c]) open.push_back(c);
@@ -96,24 +132,28 @@ void TurnedFilters::rows(int64_t from, int64_t to, float* turned) const {
   const int64_t count = static_cast<int64_t>(open.size());
   // Neighbours in a row are far apart in the weights, and may share a cache set: some of each are copied side by side.
   constexpr int64_t kTogether = 16;
-  float near[kTogether][kTogether * 9];
+  constexpr int64_t kStep = kTogether * T;
+  float near[kTogether * kStep];
   for (int64_t first = 0; first < K; first += kTogether) {
     const int64_t many = std::min(kTogether, K - first);
     for (int64_t begin = 0; begin < count; begin += kTogether) {
       const int64_t end = std::min(begin + kTogether, count);
       for (int64_t k = 0; k < many; ++k) {
-        const float* filters = floats_ + (first + k) * C * taps;
-        for (int64_t j = begin; j < end; ++j) {
-          const float* filter = filters + open[j] * channel;
-          for (int64_t t = 0; t < taps; ++t) near[k][(j - begin) * taps + t] = filter[t * tap];
+        const float* filters = floats_ + (first + k) * C * T;
+        const bool more = !by_taps && first + k + kTogether < K;
+        float* copy = near + k * kStep;
+        for (int64_t j = begin; j < end; ++j, copy += T) {
+          if (by_taps) {
+            for (int64_t t = 0; t < T; ++t) copy[t] = filters[t * C + open[j]];
+          } else {
+            std::copy_n(filters + open[j] * T, T, copy);
+            // Pieces in no order that a processor foresees.
+            if (more) bring(filters + kTogether * C * T + open[j] * T, T);
+          }
         }
       }
       for (int64_t j = begin; j < end; ++j) {
-        for (int64_t t = 0; t < taps; ++t) {
-          float* row = turned + ((open[j] - from) * taps + t) * K + first;
-          const float* column = near[0] + (j - begin) * taps + taps - 1 - t;
-          for (int64_t k = 0; k < many; ++k) row[k] = column[k * kTogether * 9];
-        }
+        to_lanes<T>(near + (j - begin) * T, kStep, many, turned + (open[j] - from) * T * K + first, K);
       }
     }
   }
@@ -288,23 +328,31 @@ class FilterGradient {
   void write(int64_t block, int64_t from, int64_t to, const float* sums) const {
     const int64_t first = block * kBlock, lanes = std::min<int64_t>(kBlock, lanes_ - first);
     if (input_lanes_) {
-      for (int64_t k = from; k < to; ++k) {
-        if (!used_[k]) continue;
+      for (int64_t k = next_used(used_, from, to), next; k < to; k = next) {
+        next = next_used(used_, k + 1, to);
         float* filter = out_ + (k * lanes_ + first) * taps_;
-        (taps_ == 9 ? from_lanes<9> : from_lanes<1>)(sums + (k - from) * taps_ * kBlock, lanes, filter);
+        if (next < to) bring(filter + (next - k) * lanes_ * taps_, lanes * taps_);
+        (taps_ == 9 ? from_lanes<9> : from_lanes<1>)(sums + (k - from) * taps_ * kBlock, lanes, filter, taps_);
       }
       return;
     }
-    // Filter by filter, some channels at a time: they are neighbours there, and their sums stay in the cache.
-    constexpr int64_t kNear = 16;
+    // Four filters and some channels at a time: these are neighbours there, and their sums stay in the cache.
+    constexpr int64_t kNear = 16, kFilters = 4;
+    const int64_t step = plan_.channels * taps_;
     for (int64_t begin = from; begin < to; begin += kNear) {
       const int64_t end = std::min(begin + kNear, to);
-      for (int64_t l = 0; l < lanes; ++l) {
-        float* filter = out_ + ((first + l) * plan_.channels + begin) * taps_;
-        std::fill_n(filter, (end - begin) * taps_, 0.0f);
+      for (int64_t l = 0; l < lanes; l += kFilters) {
+        const int64_t many = std::min(kFilters, lanes - l);
+        float* filters = out_ + (first + l) * step + begin * taps_;
+        for (int64_t i = 0; i < many; ++i) {
+          float* filter = filters + i * step;
+          if (l + i + kFilters < lanes) bring(filter + kFilters * step, (end - begin) * taps_);
+          std::fill_n(filter, (end - begin) * taps_, 0.0f);
+        }
         for (int64_t c = begin; c < end; ++c) {
-          if (used_[c]) (taps_ == 9 ? from_lanes<9> : from_lanes<1>)(sums + (c - from) * taps_ * kBlock + l, 1,
-                                                                    filter + (c - begin) * taps_);
+          if (!used_[c]) continue;
+          (taps_ == 9 ? from_lanes<9> : from_lanes<1>)(sums + (c - from) * taps_ * kBlock + l, many,
+                                                       filters + (c - begin) * taps_, step);
         }
       }
     }

@@ -48,6 +48,9 @@ struct TurnedFilters {
   void rows(int64_t from, int64_t to, float* turned) const;
 
  private:
+  template <int T>  // taps
+  void rows_of(int64_t from, int64_t to, float* turned) const;
+
   const float* floats_;
 };
 

@@ -1,25 +1,13 @@
 // Between contiguous and channels-last images: a transposition of channels and pixels.
 #include <algorithm>
 
-#include "cpu/vector.h"
+#include "squares.h"
 #include "tensors.h"
 
 namespace gatedkernels {
 namespace {
 
 constexpr int64_t kLine = 16;  // floats of a cache line
-
-// to[c][r] = from[r][c] for a square of four.
-GK_INLINE void transpose_square(const float* from, int64_t from_step, float* to, int64_t to_step) {
-  const Quad a = load<4>(from), b = load<4>(from + from_step);
-  const Quad c = load<4>(from + 2 * from_step), d = load<4>(from + 3 * from_step);
-  const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  store<4>(to, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
-  store<4>(to + to_step, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
-  store<4>(to + 2 * to_step, __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5));
-  store<4>(to + 3 * to_step, __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7));
-}
 
 }  // namespace
 
@@ -53,7 +41,7 @@ MemoryFormat layout_like(const Tensor& x) {
   return !x.is_contiguous() && is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-Tensor in_layout(const Tensor& images, MemoryFormat format) {
+Tensor in_layout(Tensor images, MemoryFormat format) {
   const bool to_channels_last = format == MemoryFormat::ChannelsLast;
   if (to_channels_last ? is_channels_last(images) : images.is_contiguous()) return images;
   const bool other = to_channels_last ? images.is_contiguous() : is_channels_last(images);

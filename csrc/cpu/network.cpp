@@ -35,13 +35,12 @@ Tensor everything_open(int64_t N, int64_t channels) {
 
 Tensor run(const Parts& block, const Tensor& x, const MaybeTensor& given, int64_t stride) {
   if (*block.gate_weight1) {
-    return std::get<0>(packed_residual(x, **block.gate_weight1, **block.gate_bias1, **block.gate_weight2,
-                                       **block.gate_bias2, **block.weight1, **block.bias1, **block.weight2,
-                                       **block.bias2, *block.tiles1, *block.tiles2, *block.shortcut_weight,
-                                       *block.shortcut_bias, given, stride));
+    return packed_residual(x, **block.gate_weight1, **block.gate_bias1, **block.gate_weight2, **block.gate_bias2,
+                           **block.weight1, **block.bias1, **block.weight2, **block.bias2, *block.tiles1,
+                           *block.tiles2, *block.shortcut_weight, *block.shortcut_bias, given, stride);
   }
   return block_and_shortcut(x, **block.weight1, **block.bias1, **block.weight2, **block.bias2, *block.tiles1,
-                            *block.tiles2, given ? *given : everything_open(x.size(0), (*block.weight1)->size(0)),
+                            *block.tiles2, Plan(given ? *given : everything_open(x.size(0), (*block.weight1)->size(0))),
                             *block.shortcut_weight ? MaybeTensor() : MaybeTensor(x), *block.shortcut_weight,
                             *block.shortcut_bias, stride);
 }

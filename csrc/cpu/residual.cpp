@@ -2,24 +2,26 @@
 // Python fetches the code that leads there, which the weights of the layer before have driven out of the caches.
 #include "residual.h"
 
+#include <memory>
+
 #include "block.h"
 #include "gate.h"
 
 namespace gatedkernels {
 
-std::tuple<Tensor, Tensor> packed_residual(const Tensor& x, const Tensor& gate_weight1, const Tensor& gate_bias1,
-                                           const Tensor& gate_weight2, const Tensor& gate_bias2, const Tensor& weight1,
-                                           const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
-                                           const MaybeTensor& tiles1, const MaybeTensor& tiles2,
-                                           const MaybeTensor& shortcut_weight, const MaybeTensor& shortcut_bias,
-                                           const MaybeTensor& mask, int64_t stride) {
+Tensor packed_residual(const Tensor& x, const Tensor& gate_weight1, const Tensor& gate_bias1,
+                       const Tensor& gate_weight2, const Tensor& gate_bias2, const Tensor& weight1, const Tensor& bias1,
+                       const Tensor& weight2, const Tensor& bias2, const MaybeTensor& tiles1, const MaybeTensor& tiles2,
+                       const MaybeTensor& shortcut_weight, const MaybeTensor& shortcut_bias, const MaybeTensor& mask,
+                       int64_t stride) {
   STD_TORCH_CHECK(shortcut_weight.has_value() == shortcut_bias.has_value(), "a shortcut has weights and a bias");
-  const Tensor decided = channel_gate(x, gate_weight1, gate_bias1, gate_weight2, gate_bias2);
-  const Tensor& open = mask ? *mask : decided;
+  const int64_t N = x.size(0), M = gate_weight2.size(0);
+  const auto decided = std::make_unique<bool[]>(N * M);
+  decide(x, gate_weight1, gate_bias1, gate_weight2, gate_bias2, decided.get());
+  const Plan plan = mask ? Plan(*mask) : Plan(decided.get(), N, M);
   const MaybeTensor residual = shortcut_weight ? MaybeTensor() : MaybeTensor(x);
-  return {block_and_shortcut(x, weight1, bias1, weight2, bias2, tiles1, tiles2, open, residual, shortcut_weight,
-                             shortcut_bias, stride),
-          decided};
+  return block_and_shortcut(x, weight1, bias1, weight2, bias2, tiles1, tiles2, plan, residual, shortcut_weight,
+                            shortcut_bias, stride);
 }
 
 }  // namespace gatedkernels

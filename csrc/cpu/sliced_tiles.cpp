@@ -36,10 +36,9 @@ void transform(const float* filter, float* components, int64_t quarter) {
 }
 
 // Packed filters (blocks, C, 3, 3, kBlock) as in_tiles takes them, of the first `most` input channels.
-Tensor transformed(const Tensor& filters, int64_t most) {
-  const int64_t blocks = filters.size(0), C = filters.size(1), quarter = C * kTileRow;
+Tensor transformed(const float* from, int64_t blocks, int64_t C, int64_t most) {
+  const int64_t quarter = C * kTileRow;
   Tensor tiles = empty({blocks, 4, C, kTileRow});
-  const float* from = floats(filters);
   float* to = tiles.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, blocks * most, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -83,14 +82,14 @@ bool sliced_tiles_pay(const Tensor& x, const Tensor& weight, int64_t stride, con
          kTransform * static_cast<double>(most * (outs ? outs->most() : K));
 }
 
-Tensor sliced_on_tiles(const Tensor& given_x, const Tensor& filters, const float* bias, int64_t K, const Plan* ins,
+Tensor sliced_on_tiles(const Tensor& given_x, const float* filters, const float* bias, int64_t K, const Plan* ins,
                        const Plan* outs) {
   const Tensor x = channels_last(given_x);
   const TileGrid grid(geometry(x, 3, 1));
   const Geometry& g = grid.size;
   const int64_t N = x.size(0), C = x.size(1);
   const Strips strips(grid, N, 64);
-  const Tensor tiles = transformed(filters, ins ? ins->most() : C);
+  const Tensor tiles = transformed(filters, ceil_div(outs ? outs->most() : K, kBlock), C, ins ? ins->most() : C);
   const InConv conv = in_conv(x, g, floats(tiles), bias, K, false, false);
   const Kernels& run = kernels_for(K);
   Tensor y = empty({N, K, g.OH, g.OW}, ScalarType::Float, MemoryFormat::ChannelsLast);

@@ -10,7 +10,7 @@ bool sliced_tiles_pay(const Tensor& x, const Tensor& weight, int64_t stride, con
 
 // filters: as `weight_blocks` packs them; null plans: every channel. Writes NHWC pixels of all K output channels, zeros
 // beyond a sample's width.
-Tensor sliced_on_tiles(const Tensor& x, const Tensor& filters, const float* bias, int64_t K, const Plan* ins,
+Tensor sliced_on_tiles(const Tensor& x, const float* filters, const float* bias, int64_t K, const Plan* ins,
                        const Plan* outs);
 
 }  // namespace gatedkernels

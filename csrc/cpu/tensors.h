@@ -33,8 +33,8 @@ inline MaybeTensor row_major(const MaybeTensor& t) { return t ? MaybeTensor(row_
 bool is_channels_last(const Tensor& t);
 // The layout of a result, a function of the shape and strides of x alone: channels-last if x is that and nothing else.
 MemoryFormat layout_like(const Tensor& x);
-Tensor in_layout(const Tensor& images, MemoryFormat format);
-inline Tensor channels_last(const Tensor& t) { return in_layout(t, MemoryFormat::ChannelsLast); }
+Tensor in_layout(Tensor images, MemoryFormat format);
+inline Tensor channels_last(Tensor t) { return in_layout(std::move(t), MemoryFormat::ChannelsLast); }
 inline MaybeTensor channels_last(const MaybeTensor& t) { return t ? MaybeTensor(channels_last(*t)) : std::nullopt; }
 
 // Columns [begin, end) of (rows, columns) become rows, `step` floats apart: cache line by cache line of either side.
@@ -68,6 +68,7 @@ struct Plan {
   const int32_t *index, *count;
 
   explicit Plan(const Tensor& mask);                                            // bool (N, C)
+  Plan(const bool* open, int64_t samples, int64_t channels);
   Plan(const Tensor& index, const Tensor& count, int64_t samples, int64_t channels);  // as `plan` returns them
   Plan(const Tensor& width, int64_t samples, int64_t channels);                       // int32 or int64 (N,)
 
@@ -82,10 +83,15 @@ struct Plan {
 Geometry geometry(const Tensor& x, int64_t taps, int64_t stride);
 
 // Weights in the two layouts of kernels.h, made from (K, C, S, S) of any strides, filled in where the plan has active
-// channels: output channels of rows, input channels of blocks (all, without a plan).
-Tensor weight_rows(const Tensor& weight, const Plan& plan);    // (K, S, S, C): the tensor, channels-last
+// channels: output channels of rows, input channels of blocks (all, without a plan). They lie in the weights
+// themselves, in memory that the calling thread keeps until its next call, or in memory of their own.
+struct PackedWeights {
+  const float* floats;
+  Tensor memory;
+};
+PackedWeights weight_rows(const Tensor& weight, const Plan& plan);  // (K, S, S, C)
 // (K / kBlock, C, S, S, kBlock), of the first `most` output channels
-Tensor weight_blocks(const Tensor& weight, const Plan* plan, int64_t most = INT64_MAX);
+PackedWeights weight_blocks(const Tensor& weight, const Plan* plan, int64_t most = INT64_MAX);
 
 InConv in_conv(const Tensor& x, const Geometry& size, const float* blocks, const float* bias, int64_t out_channels,
                bool gathered, bool relu);

@@ -26,7 +26,7 @@ class PackedPool(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool images (N, C, H, W) to (N, C)."""
-        return torch.ops.gatedkernels.packed_pool(x) if x.dtype in NATIVE else x.mean((2, 3))
+        return torch.ops.gatedkernels.packed_pool.default(x) if x.dtype in NATIVE else x.mean((2, 3))
 
 
 class PackedStem(Packed):
@@ -73,7 +73,7 @@ class PackedStem(Packed):
         stride, padding = shape.stride[0], shape.padding[0]
         if self.weight.dtype in NATIVE:
             images = self._as_computed(x)
-            y = torch.ops.gatedkernels.packed_stem(images, self.weight, self.bias, stride, padding, relu, pool)
+            y = torch.ops.gatedkernels.packed_stem.default(images, self.weight, self.bias, stride, padding, relu, pool)
             return self._as_stored(y)
         y = conv2d(x, unpack_stem(self.weight, shape.out_channels), self.bias, stride, padding)
         y = y.relu() if relu else y

@@ -96,7 +96,7 @@ def _packed_block(
     tiles2: Tensor | None,
     mask: Tensor,
     residual: Tensor | None,
-    stride: int,
+    stride: int = 1,
 ) -> Tensor:
     filters2 = unpack_blocks(weight2, len(bias2))
     y = gated_block_reference(x, unpack_rows(weight1), bias1, filters2, bias2, mask, residual, (stride, stride))
@@ -157,16 +157,16 @@ def _packed_residual(
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
-    tiles1: Tensor | None,
-    tiles2: Tensor | None,
-    shortcut_weight: Tensor | None,
-    shortcut_bias: Tensor | None,
-    mask: Tensor | None,
-    stride: int,
-) -> tuple[Tensor, Tensor]:
+    tiles1: Tensor | None = None,
+    tiles2: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
+    shortcut_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    stride: int = 1,
+) -> Tensor:
     decided = channel_gate_reference(x, gate_weight1, gate_bias1, gate_weight2, gate_bias2)
     weights = weight1, bias1, weight2, bias2, tiles1, tiles2, shortcut_weight, shortcut_bias
-    return _residual(x, *weights, decided if mask is None else mask, stride), decided
+    return _residual(x, *weights, decided if mask is None else mask, stride)
 
 
 def _packed_bottleneck(
@@ -257,7 +257,7 @@ def block_on_gpu(
     tiles2: Tensor | None,
     mask: Tensor,
     residual: Tensor | None,
-    stride: int,
+    stride: int = 1,
 ) -> Tensor:
     """``packed_block`` as CUDA devices serve it: by the Triton kernels where they can, else by its definition.
 
@@ -289,13 +289,13 @@ def residual_on_gpu(
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
-    tiles1: Tensor | None,
-    tiles2: Tensor | None,
-    shortcut_weight: Tensor | None,
-    shortcut_bias: Tensor | None,
-    mask: Tensor | None,
-    stride: int,
-) -> tuple[Tensor, Tensor]:
+    tiles1: Tensor | None = None,
+    tiles2: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
+    shortcut_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    stride: int = 1,
+) -> Tensor:
     """``packed_residual`` likewise: three launches, and one for a shortcut that convolves."""
     layers = gate_weight1, gate_bias1, gate_weight2, gate_bias2
     weights, shortcut = (weight1, bias1, weight2, bias2), (shortcut_weight, shortcut_bias)
@@ -304,7 +304,7 @@ def residual_on_gpu(
     from gatedkernels.ops.ragged import optimized
 
     given = None if mask is None else spread(mask, len(bias1))
-    return optimized.packed_residual(x, layers, *weights, given, *shortcut, stride)[:2]
+    return optimized.packed_residual(x, layers, *weights, given, *shortcut, stride)[0]
 
 
 def holds_gate(x: Tensor, layers: Sequence[Tensor]) -> bool:
@@ -345,14 +345,13 @@ def _(x, weight1, bias1, weight2, bias2):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("gatedkernels::packed_block")
-def _(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride):  # type: ignore[no-untyped-def]
+def _(x, weight1, bias1, weight2, bias2, tiles1, tiles2, mask, residual, stride=1):  # type: ignore[no-untyped-def]
     return images_like(x, bias2.shape[0], stride)
 
 
 @torch.library.register_fake("gatedkernels::packed_residual")
 def _(x, *arguments):  # type: ignore[no-untyped-def]
-    gate_bias2, bias2, stride = arguments[3], arguments[7], arguments[-1]
-    return images_like(x, bias2.shape[0], stride), x.new_empty((x.shape[0], gate_bias2.shape[0]), dtype=torch.bool)
+    return images_like(x, arguments[7].shape[0], arguments[13] if len(arguments) > 13 else 1)
 
 
 @torch.library.register_fake("gatedkernels::packed_bottleneck")

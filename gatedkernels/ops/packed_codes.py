@@ -52,7 +52,7 @@ def _coded_residual(
     layers = gate_weight1, gate_bias1, gate_weight2, gate_bias2
     decided = code_gate_reference(x, *layers)
     mask = mask_of(index, count)[(decided if codes is None else codes).long()]
-    y, _ = DEFINITIONS["packed_residual"](
+    y = DEFINITIONS["packed_residual"](
         x, *layers, weight1, bias1, weight2, bias2, None, None, shortcut_weight, shortcut_bias, mask, stride
     )
     return y, decided

@@ -52,7 +52,7 @@ def _summed(
     # A gate takes the mean of what it looks at: of sums of 16 pixels, brought to the number of pixels.
     looked_at = x if sums is None else sums * (sums.shape[2] / (x.shape[2] * x.shape[3]))
     decided = channel_gate_reference(looked_at, *layers)
-    y, _ = DEFINITIONS["packed_residual"](
+    y = DEFINITIONS["packed_residual"](
         x, *layers, weight1, bias1, weight2, bias2, None, None, shortcut_weight, shortcut_bias,
         decided if mask is None else mask, stride,
     )  # fmt: skip

@@ -83,7 +83,7 @@ def check_convolutions(
         check("conv_out_cpu", x, filters, bias, *out_plan, stride, True)
         check("conv_in_cpu", x, filters, bias, *in_plan, stride)
         for masks in ((None, None), (in_mask, None), (None, out_mask), (in_mask, out_mask)):
-            check("gated_conv2d_cpu", x, filters, bias, *masks, stride)
+            check("gated_conv2d_cpu", x, filters, bias, *masks, 2.0, stride)
         check_backward(x, filters, torch.randn_like(residual), in_mask, out_mask, stride)
         widths = in_mask.sum(1, dtype=torch.int32), out_mask.sum(1, dtype=torch.int32)
         check("sliced_conv2d_cpu", x, filters, bias, *widths, stride)
@@ -108,7 +108,7 @@ def check_blocks(n: int, c: int, k: int, h: int, w: int, stride: int, form: str,
     residual = torch.randn(n, k, (h - 1) // stride + 1, (w - 1) // stride + 1).contiguous(memory_format=FORMATS[form])
     for rest in (residual, None):
         tensors = x, weight1, bias1, weight2, bias2, mask, rest
-        check("gated_block_cpu", *tensors, stride)
+        check("gated_block_cpu", *tensors, 2.0, stride)
         check("gated_block_kept_cpu", *tensors, stride, results=1)  # of the other one only the open planes are written
         y, hidden = ops.gated_block_kept_cpu(*tensors, stride)
         check(

@@ -148,7 +148,7 @@ def test_registration_of_the_kernels_operator(images):
     for threshold in (2.0, -1.0):
         torch.library.opcheck(
             torch.ops.gatedkernels.gated_conv2d_cpu.default,
-            (x, weight, bias, None, make_mask(2, 7), 1, threshold),
+            (x, weight, bias, None, make_mask(2, 7), threshold, 2),
             test_utils=("test_schema", "test_faketensor"),
         )
 

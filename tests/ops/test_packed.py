@@ -356,10 +356,9 @@ def test_packed_residual_is_its_parts(dtype: torch.dtype, given: bool, with_shor
     block = pack_rows(weight1), torch.randn(m).to(dtype), pack_blocks(weight2), torch.randn(k).to(dtype), None, None
     shortcut = pack_blocks(torch.randn(k, c, 1, 1).to(dtype)), torch.randn(k).to(dtype)
     mask = torch.rand(n, m) < 0.5 if given else None
-    y, decided = ops.packed_residual(
-        x, *gate, *block, *(shortcut if with_shortcut else (None, None)), mask, stride
-    )  # fmt: skip
-    assert torch.equal(decided, ops.channel_gate(x, *gate))
+    rest = (*shortcut, mask, stride) if with_shortcut else () if mask is None else (None, None, mask)
+    y = ops.packed_residual(x, *gate, *block, *rest)
+    decided = ops.channel_gate(x, *gate)
     residual = ops.packed_conv2d(x, *shortcut, None, None, None, k, stride, False) if with_shortcut else x
     expected = ops.packed_block(x, *block, decided if mask is None else mask, residual, stride)
     assert torch.equal(y, expected)

@@ -51,7 +51,7 @@ def _launch_cpu(
     threshold: float = ALWAYS,
 ) -> Tensor:
     refuse("cpu", policy.cpu_problem(x, weight1, stride, (1, 1), (1, 1), 1))
-    return _run_cpu(x, weight1, bias1, weight2, bias2, mask, residual, stride[0], threshold)
+    return _run_cpu(x, weight1, bias1, weight2, bias2, mask, residual, threshold, stride[0])
 
 
 def _launch_triton(*args: Any) -> Tensor:
@@ -84,7 +84,7 @@ def _fake(x, weight1, bias1, weight2, bias2, mask, residual, stride, *_):  # typ
 
 
 @torch.library.register_fake("gatedkernels::gated_block_cpu")
-def _(x, weight1, bias1, weight2, bias2, mask, residual, stride, threshold=ALWAYS):  # type: ignore[no-untyped-def]
+def _(x, weight1, bias1, weight2, bias2, mask, residual, threshold=ALWAYS, stride=1):  # type: ignore[no-untyped-def]
     return _fake(x, weight1, bias1, weight2, bias2, mask, residual, (stride, stride))
 
 
@@ -219,7 +219,7 @@ def gated_block(
     if served == "cpu":
         y = _launch_cpu(x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold)
         if group == 1:
-            _KNOWN.note(given, options, strides[0], threshold)
+            _KNOWN.note(given, options, threshold, strides[0])
         return y
     whole = x, weight1, bias1, weight2, bias2, mask, residual, strides
     if served == "triton" and threshold < 1:

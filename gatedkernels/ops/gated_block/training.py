@@ -102,6 +102,7 @@ def _gradients(
     dense: bool,
 ) -> tuple[Tensor, ...]:
     input, filters1, filters2 = output_mask
+    form = arguments.memory_format(x)
     gradients: tuple[Tensor | None, ...]
     if dense:
         last = torch.ops.aten.threshold_backward(dy, y, 0)
@@ -110,8 +111,9 @@ def _gradients(
         gradients = torch.ops.gatedkernels.gated_block_backward_cpu(
             dy, y, x, hidden, weight1, weight2, mask, stride[0], input, filters1, filters2
         )
+        if form == torch.channels_last and input and filters1 and filters2:
+            return gradients  # type: ignore[return-value]  # all of them wanted, and laid out as they are
     dx, dweight1, dbias1, dweight2, dbias2, dresidual = gradients
-    form = arguments.memory_format(x)
 
     def given(gradient: Tensor | None, wanted: bool, form: torch.memory_format = torch.contiguous_format) -> Tensor:
         return gradient.contiguous(memory_format=form) if wanted and gradient is not None else x.new_empty(0)

@@ -41,7 +41,7 @@ def _launch_cpu(
     threshold: float = ALWAYS,
 ) -> Tensor:
     refuse("cpu", policy.cpu_problem(x, weight, stride, padding, dilation, groups))
-    return _run_cpu(x, weight, bias, in_mask, out_mask, stride[0], threshold)
+    return _run_cpu(x, weight, bias, in_mask, out_mask, threshold, stride[0])
 
 
 def _launch_cuda(*args: object) -> Tensor:
@@ -194,7 +194,7 @@ def _fake(x, weight, bias, in_mask, out_mask, stride, padding, dilation, *_):  #
 
 
 @torch.library.register_fake("gatedkernels::gated_conv2d_cpu")
-def _(x, weight, bias, in_mask, out_mask, stride, threshold=ALWAYS):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, in_mask, out_mask, threshold=ALWAYS, stride=1):  # type: ignore[no-untyped-def]
     padding = [side // 2 for side in weight.shape[2:]]
     return _fake(x, weight, bias, in_mask, out_mask, (stride, stride), padding, (1, 1))
 
@@ -316,7 +316,7 @@ def gated_conv2d(
     if served == "cpu" and not recorded:
         y = _launch_cpu(x, weight, bias, in_mask, out_mask, *geometry, groups, threshold)
         if group == 1:
-            _KNOWN.note(given, options, geometry[0][0], threshold)
+            _KNOWN.note(given, options, threshold, geometry[0][0])
         return y
     return torch.ops.gatedkernels.gated_conv2d.default(
         x, weight, bias, in_mask, out_mask, *geometry, groups, dense_input_grad, served, threshold

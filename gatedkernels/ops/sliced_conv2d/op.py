@@ -24,8 +24,8 @@ def _run_cpu(
     bias: Tensor | None,
     in_width: Tensor | None,
     out_width: Tensor | None,
-    stride: int,
     _threshold: float = ALWAYS,
+    stride: int = 1,
 ) -> Tensor:
     return torch.ops.gatedkernels.sliced_conv2d_cpu.default(x, weight, bias, in_width, out_width, stride)
 
@@ -88,7 +88,7 @@ def _launch_cpu(
     groups: int,
 ) -> Tensor:
     refuse("cpu", policy.cpu_problem(x, weight, stride, padding, dilation, groups))
-    return _run_cpu(x, weight, bias, in_width, out_width, stride[0])
+    return _run_cpu(x, weight, bias, in_width, out_width, stride=stride[0])
 
 
 def _launch_triton(*args: Any) -> Tensor:
@@ -321,7 +321,7 @@ def sliced_conv2d(
         if served == "cpu" and not torch.compiler.is_compiling() and not arguments.recorded(x, weight, bias):
             y = _launch_cpu(*all_of_it)  # without a dispatcher that calls Python back: 0.1 ms
             if all(each is None or isinstance(each, Tensor) for each in given) and given[1].shape == weight.shape:
-                _KNOWN.note(given, options, geometry[0][0], ALWAYS)
+                _KNOWN.note(given, options, ALWAYS, geometry[0][0])
         else:
             y = torch.ops.gatedkernels.sliced_conv2d.default(*all_of_it, served)
     return y[:, :outs].contiguous(memory_format=form)

@@ -41,8 +41,8 @@ def _run_cpu(
     bias: Tensor | None,
     in_width: Tensor | None,
     out_width: Tensor | None,
-    _stride: int = 1,
     _threshold: float = ALWAYS,
+    _stride: int = 1,
 ) -> Tensor:
     y = torch.ops.gatedkernels.sliced_linear_cpu.default(_tokens(x), weight, bias, in_width, out_width)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -243,6 +243,6 @@ def sliced_linear(
     if served == "cpu" and not torch.compiler.is_compiling() and not arguments.recorded(x, weight, bias):
         y = _launch_cpu(x, weight, bias, in_widths, out_widths)  # without a dispatcher that calls Python back
         if all(each is None or isinstance(each, Tensor) for each in given) and given[1].shape == weight.shape:
-            _KNOWN.note(given, (backend,), 1, ALWAYS)
+            _KNOWN.note(given, (backend,), ALWAYS, 1)
         return y.contiguous()
     return torch.ops.gatedkernels.sliced_linear.default(x, weight, bias, in_widths, out_widths, served)
