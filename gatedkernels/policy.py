@@ -21,7 +21,7 @@ class Choice(NamedTuple):
 
 # Shipped heuristics: up to which density the functional CPU kernels, which pack weights at each call, beat the best
 # dense call from the same weights. For each kernel rows of (output pixels of the whole batch up to which the row holds,
-# density): the fewer pixels use a weight, the less packing it pays. docs/performance.md tells how they were measured.
+# density): the fewer pixels use a weight, the less packing it pays. How they were measured: docs/performance-calls.md.
 CPU_THRESHOLDS: dict[str, tuple[tuple[float, float], ...]] = {
     "conv_out 3x3": ((64, 0.75), (math.inf, 0.85)),
     "conv_out 1x1": ((16, 0.3), (math.inf, 0.4)),
