@@ -1,6 +1,7 @@
 """Widths: operations with a width for every sample against loops, networks against ones built narrow, training.
 
-``python -m bench.slimmable``, ``… networks``, ``… mixed`` and ``… training`` print the tables of docs/performance-widths.md.
+``python -m bench.slimmable``, ``… networks``, ``… mixed`` and ``… training`` print the tables of
+docs/performance-widths.md.
 """
 
 import argparse
