@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torchvision.models import ResNet, resnet18
 from torchvision.models.resnet import BasicBlock
 
 import gatedkernels as gk
-from gatedkernels import models
+from gatedkernels import models, policy, thresholds
 
 N, C, K, SIDE = 2, 8, 16, 8
 
@@ -368,6 +369,16 @@ def bad(call: Call, argument: str) -> Sequence[Any]:
 CASES = {name: make() for name, make in CALLS.items()}
 
 
+@pytest.fixture
+def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a call measures is for that call alone."""
+    monkeypatch.setenv(thresholds.FOLDER_VARIABLE, str(tmp_path))
+    policy.forget()
+    yield
+    monkeypatch.undo()
+    policy.forget()
+
+
 @pytest.mark.parametrize("module", [gk, gk.nn, models], ids=lambda module: module.__name__)
 def test_everything_public_is_here(module: Any):
     named = {name.split(".")[0] for name in CASES} | TAKE_ANYTHING
@@ -383,7 +394,7 @@ def test_every_argument_has_bad_values(name: str):
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - NOT_RUN))
-def test_good_arguments(name: str):
+def test_good_arguments(name: str, nothing_kept: None):
     CASES[name].function(**CASES[name].arguments)
 
 

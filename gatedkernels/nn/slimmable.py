@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedkernels._checks import check_int, check_number, check_sizes
+from gatedkernels._checks import check_int, check_number, check_sizes, check_type
 from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
 from gatedkernels.nn.inputs import check_geometry
 from gatedkernels.ops._widths import Width
@@ -106,7 +106,8 @@ class Slimmable(nn.Module):
 
     def check_samples(self, x: Tensor) -> None:
         """Refuse a batch that has not as many samples as there are widths."""
-        if len(x) != len(self.sample_widths):
+        check_type("x", x, Tensor, "a tensor")
+        if x.ndim == 0 or len(x) != len(self.sample_widths):
             raise ValueError(f"x must hold {len(self.sample_widths)} samples, one for each width, got {tuple(x.shape)}")
 
     def sliced(self) -> nn.Module:

@@ -65,10 +65,10 @@ class _Statistics(nn.Module):
 class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
     """Batch normalisation of any width: one scale and shift for all, statistics for each.
 
-    It normalises as many channels as its input has, the first ones. In training it uses the batch's statistics at every
-    width, and keeps a running average of them at full width, under the usual names. What other widths need in
-    evaluation, `gatedkernels.calibrate_norms` estimates after training, into buffers of their own
-    (``at_0_25.running_mean``); a state dict brings them along.
+    It normalises as many channels as its input has, the first ones; where it has statistics, these are its width's. In
+    training it uses the batch's statistics at every width, and keeps a running average of them at full width, under the
+    usual names. What other widths need in evaluation, `gatedkernels.calibrate_norms` estimates after training, into
+    buffers of their own (``at_0_25.running_mean``); a state dict brings them along.
 
     Args:
         num_features: Channels at full width.
@@ -90,6 +90,7 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
 
     Example:
         >>> norm = SlimmableBatchNorm2d(16)
+        >>> norm.set_width(0.5)
         >>> norm(torch.ones(2, 8, 5, 5)).shape
         torch.Size([2, 8, 5, 5])
     """
@@ -158,8 +159,8 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
 
         Raises:
             TypeError: If ``x`` is no floating tensor, or one of a wider dtype than the layer's.
-            ValueError: If ``x`` has another number of dimensions or more channels, or this is evaluation and there are
-                no statistics for this width.
+            ValueError: If ``x`` has another number of dimensions, more channels, or others than there are statistics
+                for, or this is evaluation and there are no statistics for this width.
         """
         check_normalisable(x, self.weight)
         if x.ndim != 4 or x.shape[1] > self.num_features:
@@ -173,6 +174,7 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
         mean, var, count = self.statistics()
         if mean is None:
             raise ValueError(self._missing(self.width))
+        self._check_channels(x, mean.shape[0])
         momentum = self.momentum
         if self.training:
             assert count is not None
@@ -180,9 +182,15 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
             momentum = 1.0 / float(count) if momentum is None else momentum
         return batch_norm(x, mean, var, weight, bias, self.training, momentum or 0.0, self.eps)
 
+    def _check_channels(self, x: Tensor, channels: int) -> None:
+        if x.shape[1] != channels:
+            of = self._describe_width()
+            raise ValueError(f"x must have {channels} channels, as there are statistics at {of}, got {tuple(x.shape)}")
+
     def _normalise_each(self, x: Tensor) -> Tensor:
         """Every sample by a scale and a shift of its own, both zero behind its channels."""
         self.check_samples(x)
+        self._check_channels(x, self.num_features)
         if self.training:
             raise ValueError(
                 f"width must be one number in training, got one for each of {len(self.sample_widths)} samples"
@@ -196,6 +204,8 @@ class SlimmableBatchNorm2d(_SlicedFeatures, nn.BatchNorm2d):
     def _scale_and_shift(self, width: float) -> Tensor:
         """Shape (2, num_features)."""
         held: Any = self if width == 1 else self._modules.get(_PREFIX + width_label(width))
+        if not self.track_running_stats:
+            raise ValueError("width must be one number for normalisations without statistics, got one for each sample")
         if held is None or held.running_mean is None:
             raise ValueError(self._missing(width))
         scale = self.weight * (held.running_var + self.eps).rsqrt()

@@ -32,8 +32,10 @@ def _set(layer: Slimmable, width: float | tuple[float, ...]) -> None:
 def _checked(width: Any) -> float | tuple[float, ...]:
     """One width, or those of a tensor or a sequence; numbers are checked by the layers."""
     if isinstance(width, Tensor):
-        if width.ndim != 1 or not width.is_floating_point():
-            raise ValueError(f"width must be a number or floats of shape (N,), got {width.dtype} {tuple(width.shape)}")
+        if width.ndim != 1 or width.dtype not in (torch.float32, torch.float64):  # others have too few digits
+            raise ValueError(
+                f"width must be a number or float32 or float64 of shape (N,), got {width.dtype} {tuple(width.shape)}"
+            )
         width = [float(f"{value:g}") for value in width.tolist()]  # 0.7 of float32 is less than 0.7
     if isinstance(width, (list, tuple)):
         if not width:

@@ -314,8 +314,9 @@ def test_every_sample_has_its_width():
 def test_what_widths_for_every_sample_are_refused():
     net, x = Small().eval(), BATCHES[0][:2]
     for width, message in (
-        (torch.tensor([[0.5]]), r"width must be a number or floats of shape \(N,\), got torch.float32 \(1, 1\)"),
-        (torch.tensor([1, 1]), r"width must be a number or floats of shape \(N,\), got torch.int64 \(2,\)"),
+        (torch.tensor([[0.5]]), r"float32 or float64 of shape \(N,\), got torch.float32 \(1, 1\)"),
+        (torch.tensor([1, 1]), r"float32 or float64 of shape \(N,\), got torch.int64 \(2,\)"),
+        (torch.tensor([0.7, 0.5]).half(), r"float32 or float64 of shape \(N,\), got torch.float16 \(2,\)"),
         ([], "width must be a number or one for every sample, got none"),
         ([0.5, 2.0], r"width must lie in \(0, 1\], got 2"),
     ):
@@ -332,6 +333,15 @@ def test_what_widths_for_every_sample_are_refused():
     with gk.width(net, [0.5, 1.0]):
         with pytest.raises(ValueError, match=r"x must hold 2 samples, one for each width, got \(8, 3, 6, 6\)"):
             net(BATCHES[0])
+        for nothing in ("x", None):
+            with pytest.raises(TypeError, match="x must be a tensor, got"):
+                net(nothing)
+        with pytest.raises(ValueError, match=r"x must hold 2 samples, one for each width, got \(\)"):
+            net(torch.tensor(3.0))
+        with pytest.raises(
+            ValueError, match=r"x must have 32 channels, as there are statistics at widths of 2 samples"
+        ):
+            net.bn(torch.ones(2, 1, 5, 5))
         with pytest.raises(ValueError, match=r"width must have statistics, got 0\.5 without"):
             net(x)
         with pytest.raises(ValueError, match="width must be one number in training, got one for each of 2 samples"):
@@ -340,6 +350,20 @@ def test_what_widths_for_every_sample_are_refused():
             gk.slice(net)
         with pytest.raises(ValueError, match="width must be one number here, got one for each of 2 samples"):
             gk.nn.count_flops(net.eval(), x)
+
+
+def test_statistics_of_other_channels_are_refused():
+    norm = SlimmableBatchNorm2d(16)
+    for mode in (norm, norm.eval()):
+        with pytest.raises(
+            ValueError, match=r"x must have 16 channels, as there are statistics at width=1, got \(2, 8,"
+        ):
+            mode(torch.ones(2, 8, 5, 5))
+    norm = SlimmableBatchNorm2d(16, track_running_stats=False).eval()
+    assert norm(torch.ones(2, 8, 5, 5)).shape == (2, 8, 5, 5)
+    norm.set_widths((0.5, 1.0))
+    with pytest.raises(ValueError, match="width must be one number for normalisations without statistics"):
+        norm(torch.ones(2, 16, 5, 5))
 
 
 def test_calibration_averages_all_batches():
