@@ -1,5 +1,6 @@
 """What everybody asks of arguments that are no tensors; `gatedkernels.ops._arguments` asks of those that are."""
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, get_args
 
@@ -34,6 +35,28 @@ def check_int(name: str, value: object, at_least: int | None = 1, *, optional: b
     if at_least is not None and int(value) < at_least:
         bound = "positive" if at_least == 1 else f"at least {at_least}"
         raise ValueError(f"{name} must be {bound}{or_none}, got {value}")
+
+
+def check_sequence(name: str, values: object, word: str, length: int | None = None) -> None:
+    """Refuse what is no sequence, or an empty one.
+
+    Args:
+        name: The argument's name, for the message.
+        values: What should be a sequence, and no string; its values are looked at by others.
+        word: What each of its values is, for the message.
+        length: How many it should hold; None: any number but none.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it holds another number of values.
+    """
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        several = f"{word}s" if length is None else f"{length} {word}s"
+        raise TypeError(f"{name} must be a sequence of {several}, got {values!r}")
+    if length is not None and len(values) != length:
+        raise ValueError(f"{name} must hold {length} {word}s, got {values!r}")
+    if not values:
+        raise ValueError(f"{name} must hold at least one {word}, got none")
 
 
 def check_sizes(**sizes: object) -> None:

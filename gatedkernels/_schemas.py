@@ -39,7 +39,8 @@ SCHEMAS = (
     "plan_cuda(Tensor mask) -> (Tensor, Tensor)",
     "conv_out_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor count, int stride, bool relu) -> Tensor",
     "conv_in_cpu(Tensor packed, Tensor weight, Tensor? bias, Tensor index, Tensor count, int stride) -> Tensor",
-    # What has a default costs nothing where it is left out, and 0.2 to 0.3 µs where it is handed over, None or not.
+    # What has a default costs nothing where it is left out, and time where it is handed over, None or not: see
+    # `python -m bench.dispatch`.
     "gated_conv2d_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask, float threshold=2.0,"
     " SymInt stride=1) -> Tensor",
     "gated_linear_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? in_mask, Tensor? out_mask) -> Tensor",

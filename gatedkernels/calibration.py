@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gatedkernels import _extension, policy, thresholds
-from gatedkernels._checks import check_int, check_number
+from gatedkernels._checks import check_int, check_number, check_sequence, check_sizes
 from gatedkernels.ops._backends import ALWAYS
 from gatedkernels.reporting.timing import Timing, interleave, use_threads
 
@@ -84,7 +84,8 @@ def calibrate(
     """
     for name, values in (("channels", channels), ("pixels", pixels)):
         if values is not None:
-            _check_list(name, values)
+            check_sequence(name, values, "int")
+            check_sizes(**{f"{name}[{i}]": value for i, value in enumerate(values)})
     check_int("threads", threads, optional=True)
     check_number("seconds", seconds, above=0)
     place = _device(device)
@@ -100,15 +101,6 @@ def calibrate(
 
 
 Progress = Callable[[str], None] | None
-
-
-def _check_list(name: str, values: Sequence[int]) -> None:
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise TypeError(f"{name} must be a sequence of ints, got {values!r}")
-    if not values:
-        raise ValueError(f"{name} must hold at least one int, got none")
-    for i, value in enumerate(values):
-        check_int(f"{name}[{i}]", value)
 
 
 def _device(device: str | torch.device) -> torch.device:

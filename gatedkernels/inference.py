@@ -126,9 +126,9 @@ def optimize(model: nn.Module, example: Tensor, branch: Branch = "gated") -> nn.
         A module that computes the same from the same input, for evaluation only: ``train()`` raises.
 
     Raises:
-        TypeError: If the model is no module, or the example no tensor.
-        ValueError: If the model is in training mode, holds nothing that is gated, or refuses the example, or the branch
-            does not exist.
+        TypeError: If the model is no module or the example no tensor, or the model refuses it so.
+        ValueError: If the model is in training mode, holds nothing that is gated, or refuses the example so, or the
+            branch does not exist.
     """
     check_branch(branch)
     check_module("model", model)
@@ -151,6 +151,7 @@ def optimize(model: nn.Module, example: Tensor, branch: Branch = "gated") -> nn.
         try:
             _run_once(fast, example)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"example must be a batch that the model takes, got a refusal: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"example must be a batch that the model takes, got a refusal: {error}") from error
     _join(fast)
     return fast.eval()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from gatedkernels._checks import check_int, check_type
+from gatedkernels._checks import check_sequence, check_sizes, check_type
 from gatedkernels.nn.inputs import check_images
 
 
@@ -16,12 +16,8 @@ def check_block(block: object, kinds: tuple[type, ...]) -> None:
 
 def check_layers(layers: Sequence[int], stages: int) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless these are numbers of blocks, one for each stage."""
-    if not isinstance(layers, Sequence) or isinstance(layers, str):
-        raise TypeError(f"layers must be a sequence of {stages} ints, got {layers!r}")
-    if len(layers) != stages:
-        raise ValueError(f"layers must hold {stages} ints, got {layers!r}")
-    for i, depth in enumerate(layers):
-        check_int(f"layers[{i}]", depth)
+    check_sequence("layers", layers, "int", stages)
+    check_sizes(**{f"layers[{i}]": depth for i, depth in enumerate(layers)})
 
 
 def check_network_input(x: Tensor, first: nn.Module) -> None:

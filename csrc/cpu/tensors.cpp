@@ -121,9 +121,8 @@ int64_t grain_of(int64_t piece) {
   return ceil_div(kFloats, std::max<int64_t>(piece, 1));
 }
 
-// Where to pack so many floats. Memory of the allocator costs 0.2 µs, which counts where little is computed; memory
-// that is kept for this alone is not in the caches as often, which counts where there is much of it (256 channels: 3 to
-// 8 %).
+// Where to pack so many floats. Memory of the allocator takes time, which counts where little is computed; memory that
+// is kept for this alone is not in the caches as often, which counts where there is much of it.
 float* room(Kept& kept, int64_t floats, Tensor& memory) {
   constexpr int64_t kSmall = 1 << 16;
   if (floats <= kSmall) return kept.reserve(floats);

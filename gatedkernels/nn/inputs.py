@@ -42,10 +42,20 @@ def check_images(x: Tensor, channels: int, weight: Tensor) -> None:
         TypeError: If it is no tensor, or one of another dtype.
         ValueError: If it has another shape or lies on another device.
     """
+    check_image_shape(x, channels)
+    _check_beside(x, weight)
+
+
+def check_image_shape(x: Tensor, channels: int) -> None:
+    """Refuse what are no images (N, channels, H, W), of whatever dtype and wherever.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If it has another shape.
+    """
     check_type("x", x, Tensor, "a tensor")
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x must have shape (N, {channels}, H, W), got {tuple(x.shape)}")
-    _check_beside(x, weight)
 
 
 def check_tokens(x: Tensor, channels: int, weight: Tensor) -> None:

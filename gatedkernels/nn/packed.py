@@ -15,6 +15,7 @@ from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm
 from gatedkernels.nn.gate import GateLogits
 from gatedkernels.nn.gated_conv import GatedConv2d
+from gatedkernels.nn.inputs import check_image_shape
 from gatedkernels.nn.masks import spread
 from gatedkernels.nn.pages import on_large_pages
 from gatedkernels.ops.channel_gate.reference import channel_gate_reference
@@ -23,7 +24,7 @@ from gatedkernels.ops.packed import pack_blocks, unpack_blocks
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-# Without `default` each call would look for the overload, the only one, again: 0.2 µs.
+# Without `default` each call would look for the overload, the only one, again: see `python -m bench.dispatch`.
 _channel_gate = torch.ops.gatedkernels.channel_gate.default
 _packed_conv2d = torch.ops.gatedkernels.packed_conv2d.default
 _WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
@@ -245,10 +246,7 @@ def check_images(
         stored: Their dtype, if it is not that of the weights.
         is_computed: Whether the weights went through ``as_computed``.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"x must have shape (N, {channels}, H, W), got {tuple(x.shape)}")
+    check_image_shape(x, channels)
     if x.dtype != (stored or weight.dtype) and not (is_computed and _is_native(x) and weight.dtype in NATIVE):
         raise TypeError(f"x must have the dtype of the optimised module, {stored or weight.dtype}, got {x.dtype}")
     if x.device != weight.device:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedkernels._checks import check_int, check_number, check_sizes, check_type
+from gatedkernels._checks import check_int, check_number, check_sequence, check_sizes, check_type
 from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
 from gatedkernels.nn.inputs import check_geometry
 from gatedkernels.ops._widths import Width
@@ -73,10 +73,7 @@ def check_widths(widths: Sequence[float]) -> None:
         TypeError: If it is no sequence, or one of something other than numbers.
         ValueError: If it is empty, or one does not lie in (0, 1].
     """
-    if not isinstance(widths, Sequence) or isinstance(widths, str):
-        raise TypeError(f"widths must be a sequence of widths, got {widths!r}")
-    if not widths:
-        raise ValueError("widths must hold at least one width, got none")
+    check_sequence("widths", widths, "width")
     for i, width in enumerate(widths):
         check_number(f"widths[{i}]", width, above=0, at_most=1)
 

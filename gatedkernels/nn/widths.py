@@ -36,7 +36,8 @@ def _checked(width: Any) -> float | tuple[float, ...]:
             raise ValueError(
                 f"width must be a number or float32 or float64 of shape (N,), got {width.dtype} {tuple(width.shape)}"
             )
-        width = [float(f"{value:g}") for value in width.tolist()]  # 0.7 of float32 is less than 0.7
+        # 0.7 of float32 is less than 0.7, and no width that anybody calibrated.
+        width = [float(f"{value:g}") for value in width.tolist()] if width.dtype == torch.float32 else width.tolist()
     if isinstance(width, (list, tuple)):
         if not width:
             raise ValueError("width must be a number or one for every sample, got none")

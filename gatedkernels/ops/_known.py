@@ -18,16 +18,21 @@ _MOST = 4096  # keys of an operation: sizes may change from call to call
 Key = tuple[Any, ...]
 
 
+def unusual(stride: int) -> tuple[int, ...]:
+    """A stride as an operator takes it last, whose default is 1: what is left out needs no way to C++."""
+    return () if stride == 1 else (stride,)
+
+
 class KnownCalls:
-    """Thresholds and strides for an operation's compiled CPU operator, by shapes, dtypes, devices and options.
+    """What an operation's compiled CPU operator takes behind the tensors, by shapes, dtypes, devices and options.
 
     Args:
-        operator: Takes the tensors, a threshold and a stride, which is 1 where it is left out.
+        operator: Takes the tensors and the numbers that were noted.
     """
 
     def __init__(self, operator: Callable[..., Tensor]) -> None:
         self._operator = operator
-        self._known: dict[Key, tuple[float] | tuple[float, int]] = {}
+        self._known: dict[Key, tuple[float, ...]] = {}
 
     def run(self, tensors: tuple[Tensor | None, ...], options: Key) -> Tensor | None:
         """The result of a call whose like is known and that autograd need not know; None where somebody must look."""
@@ -38,16 +43,15 @@ class KnownCalls:
             return None
         return None if known is None or recorded(*tensors) else self._operator(*tensors, *known)
 
-    def note(self, tensors: tuple[Tensor | None, ...], options: Key, threshold: float, stride: int) -> None:
-        """Remember how a call was served; its arguments are checked."""
+    def note(self, tensors: tuple[Tensor | None, ...], options: Key, *numbers: float) -> None:
+        """Remember with which numbers a call was served; its arguments are checked."""
         key = self._key(tensors, options)
         if key is None:
             return
         if len(self._known) >= _MOST:
             self._known.clear()
         try:
-            # A number that is handed over takes 0.3 µs on its way to C++.
-            self._known[key] = (threshold,) if stride == 1 else (threshold, stride)
+            self._known[key] = numbers
         except TypeError:
             return
 

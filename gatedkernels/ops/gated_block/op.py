@@ -12,7 +12,7 @@ from gatedkernels._checks import check_int
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._arguments import in_best_layout
 from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require
-from gatedkernels.ops._known import KnownCalls
+from gatedkernels.ops._known import KnownCalls, unusual
 from gatedkernels.ops._select import select_
 from gatedkernels.ops.gated_block import device as _device  # noqa: F401  (registers its operators)
 from gatedkernels.ops.gated_block.reference import gated_block_reference
@@ -219,7 +219,7 @@ def gated_block(
     if served == "cpu":
         y = _launch_cpu(x, weight1, bias1, weight2, bias2, mask, residual, strides, threshold)
         if group == 1:
-            _KNOWN.note(given, options, threshold, strides[0])
+            _KNOWN.note(given, options, threshold, *unusual(strides[0]))
         return y
     whole = x, weight1, bias1, weight2, bias2, mask, residual, strides
     if served == "triton" and threshold < 1:

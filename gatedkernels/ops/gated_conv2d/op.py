@@ -10,7 +10,7 @@ from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._autograd import differentiate_once
 from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require, too_dense
-from gatedkernels.ops._known import KnownCalls
+from gatedkernels.ops._known import KnownCalls, unusual
 from gatedkernels.ops._select import select, select_
 from gatedkernels.ops.gated_conv2d.reference import gated_conv2d_backward_reference, gated_conv2d_reference, masked
 
@@ -316,7 +316,7 @@ def gated_conv2d(
     if served == "cpu" and not recorded:
         y = _launch_cpu(x, weight, bias, in_mask, out_mask, *geometry, groups, threshold)
         if group == 1:
-            _KNOWN.note(given, options, threshold, geometry[0][0])
+            _KNOWN.note(given, options, threshold, *unusual(geometry[0][0]))
         return y
     return torch.ops.gatedkernels.gated_conv2d.default(
         x, weight, bias, in_mask, out_mask, *geometry, groups, dense_input_grad, served, threshold

@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d, pad
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._autograd import differentiate_once
-from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require
+from gatedkernels.ops._backends import Backend, refuse, require
 from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._widths import Width, check_width, equal_widths, put, take
 from gatedkernels.ops.sliced_conv2d.reference import sliced_conv2d_backward_reference, sliced_conv2d_reference
@@ -18,18 +18,7 @@ from gatedkernels.ops.sliced_conv2d.reference import sliced_conv2d_backward_refe
 Sliced = tuple[Tensor, Tensor, Tensor | None, int]
 
 
-def _run_cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_width: Tensor | None,
-    out_width: Tensor | None,
-    _threshold: float = ALWAYS,
-    stride: int = 1,
-) -> Tensor:
-    return torch.ops.gatedkernels.sliced_conv2d_cpu.default(x, weight, bias, in_width, out_width, stride)
-
-
+_run_cpu = torch.ops.gatedkernels.sliced_conv2d_cpu.default
 _KNOWN = KnownCalls(_run_cpu)
 
 
@@ -88,7 +77,7 @@ def _launch_cpu(
     groups: int,
 ) -> Tensor:
     refuse("cpu", policy.cpu_problem(x, weight, stride, padding, dilation, groups))
-    return _run_cpu(x, weight, bias, in_width, out_width, stride=stride[0])
+    return _run_cpu(x, weight, bias, in_width, out_width, stride[0])
 
 
 def _launch_triton(*args: Any) -> Tensor:
@@ -321,7 +310,7 @@ def sliced_conv2d(
         if served == "cpu" and not torch.compiler.is_compiling() and not arguments.recorded(x, weight, bias):
             y = _launch_cpu(*all_of_it)  # without a dispatcher that calls Python back: 0.1 ms
             if all(each is None or isinstance(each, Tensor) for each in given) and given[1].shape == weight.shape:
-                _KNOWN.note(given, options, ALWAYS, geometry[0][0])
+                _KNOWN.note(given, options, geometry[0][0])
         else:
             y = torch.ops.gatedkernels.sliced_conv2d.default(*all_of_it, served)
     return y[:, :outs].contiguous(memory_format=form)

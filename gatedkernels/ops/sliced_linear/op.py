@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from gatedkernels import policy
 from gatedkernels.ops import _arguments as arguments
 from gatedkernels.ops._autograd import differentiate_once
-from gatedkernels.ops._backends import ALWAYS, Backend, refuse, require
+from gatedkernels.ops._backends import Backend, refuse, require
 from gatedkernels.ops._known import KnownCalls
 from gatedkernels.ops._widths import Width, check_width, equal_widths, put, take
 from gatedkernels.ops.sliced_linear.reference import sliced_linear_backward_reference, sliced_linear_reference
@@ -36,13 +36,7 @@ def _launch_dense(
 
 
 def _run_cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_width: Tensor | None,
-    out_width: Tensor | None,
-    _threshold: float = ALWAYS,
-    _stride: int = 1,
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_width: Tensor | None, out_width: Tensor | None
 ) -> Tensor:
     y = torch.ops.gatedkernels.sliced_linear_cpu.default(_tokens(x), weight, bias, in_width, out_width)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -243,6 +237,6 @@ def sliced_linear(
     if served == "cpu" and not torch.compiler.is_compiling() and not arguments.recorded(x, weight, bias):
         y = _launch_cpu(x, weight, bias, in_widths, out_widths)  # without a dispatcher that calls Python back
         if all(each is None or isinstance(each, Tensor) for each in given) and given[1].shape == weight.shape:
-            _KNOWN.note(given, (backend,), ALWAYS, 1)
+            _KNOWN.note(given, (backend,))
         return y.contiguous()
     return torch.ops.gatedkernels.sliced_linear.default(x, weight, bias, in_widths, out_widths, served)
