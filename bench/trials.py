@@ -20,26 +20,24 @@ from gatedkernels.nn.fix_gates import draw_masks
 from gatedkernels.reporting import density_for
 from gatedkernels.reporting.baselines import Baselines, check_same, dense_baselines, verify
 from gatedkernels.reporting.machine import last_level_cache
-from gatedkernels.reporting.peers import PEERS
 from gatedkernels.reporting.twins import build_twin, prepack
 
 Call = Callable[[], Tensor]
 
-# An engine's threads wait busily for some milliseconds after a call, on cores that another engine's threads want.
-_BUSY_SECONDS = 0.01
+_SETTLING_SECONDS = 0.01
 # Caches do not drop the oldest first, and not all say how large they are.
 _CACHES_READ = 2
 _LARGE_CACHE = 64 << 20
 
 
-def run_before(call: Call) -> None:
-    """Prepare a timed call: it finds its weights in the caches, as in a process that does nothing else."""
-    call()
-
-
 def settle_before(call: Call) -> None:
-    """The same until the threads of the engine that ran before are asleep. Sleeping instead slows both sides."""
-    end = time.perf_counter() + _BUSY_SECONDS
+    """Prepare a timed call: untimed ones for 10 ms, at least one, until all is as in a process that does nothing else.
+
+    A call finds its weights in the caches then, and not those of the side that was timed before it: a gated one takes
+    several calls for that, because each has another mask. And the threads of an engine that ran before are asleep: some
+    wait busily for milliseconds, on cores that the other side wants.
+    """
+    end = time.perf_counter() + _SETTLING_SECONDS
     call()
     while time.perf_counter() < end:
         call()
@@ -70,7 +68,7 @@ class Trial:
     gated: Call
     dense: dict[str, Call]
     kept: float
-    prepare: Callable[[Call], None] = run_before
+    prepare: Callable[[Call], None] = settle_before
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -87,7 +85,7 @@ def block_trial(case: BlockCase) -> Iterator[Trial]:
         check_same("the optimised block", fast(x), reference(x.double()))
     with masked(fast):
         kept = count_flops(fast, x).kept if masks is None else _mean_kept(block, x, masks)
-        prepare = evict_before if case.cache == "cold" else run_before
+        prepare = evict_before if case.cache == "cold" else settle_before
         yield Trial(lambda: fast(x), {"prepacked": lambda: dense(x)}, kept, prepare)
 
 
@@ -134,9 +132,8 @@ def network_trial(case: NetworkCase, *, complete: bool = True) -> Iterator[Trial
     fast = optimize(model, x)
     density = 1.0 if case.kept == 1 else density_for(model, x, case.kept)
     verify(build_twin(model, gated=True), {"the optimised network": fast}, dense, x, density=density)
-    prepare = settle_before if dense.calls.keys() & PEERS.keys() else run_before
     with fix_gates(fast, density):
-        yield Trial(lambda: fast(x), dense.calls, count_flops(fast, x).kept, prepare, dense.missing)
+        yield Trial(lambda: fast(x), dense.calls, count_flops(fast, x).kept, missing=dense.missing)
 
 
 @contextmanager

@@ -72,12 +72,13 @@ SCHEMAS = (
     "packed_bottleneck_(Tensor(a!) x, Tensor?[] parts, Tensor? mask1, Tensor? mask2) -> (Tensor, Tensor)",
     "packed_conv2d(Tensor x, Tensor weight, Tensor bias, Tensor? in_mask, Tensor? out_mask, Tensor? residual,"
     " SymInt out_channels, SymInt stride, bool relu) -> Tensor",
-    "packed_stem(Tensor x, Tensor weight, Tensor bias, SymInt stride, SymInt padding, bool relu, bool pool) -> Tensor",
+    "packed_stem(Tensor x, Tensor weight, Tensor bias, SymInt stride, SymInt padding, bool relu, bool pool,"
+    " Tensor? tiles=None) -> Tensor",
     "packed_pool(Tensor x) -> Tensor",
     # Stem, residual blocks and pooling: stride, padding, ReLU and pooling of the stem; the tensors of each block from
     # gate_weight1 to shortcut_bias as packed_residual has them, its mask if it is given, and its stride.
-    "packed_network(Tensor images, Tensor stem_weight, Tensor stem_bias, int[] stem, Tensor?[] parts, Tensor?[] masks,"
-    " int[] strides) -> Tensor",
+    "packed_network(Tensor images, Tensor stem_weight, Tensor stem_bias, Tensor? stem_tiles, int[] stem,"
+    " Tensor?[] parts, Tensor?[] masks, int[] strides) -> Tensor",
 )
 
 

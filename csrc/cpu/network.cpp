@@ -49,11 +49,11 @@ Tensor run(const Parts& block, const Tensor& x, const MaybeTensor& given, int64_
 
 // `stem`: stride, padding, and whether a ReLU and a pooling follow. `parts`: Parts::kMany of every block.
 Tensor packed_network(const Tensor& images, const Tensor& stem_weight, const Tensor& stem_bias,
-                      const std::vector<int64_t>& stem, const std::vector<MaybeTensor>& parts,
+                      const MaybeTensor& stem_tiles, const std::vector<int64_t>& stem, const std::vector<MaybeTensor>& parts,
                       const std::vector<MaybeTensor>& masks, const std::vector<int64_t>& strides) {
   STD_TORCH_CHECK(stem.size() == 4 && parts.size() == Parts::kMany * strides.size() && masks.size() == strides.size(),
                   "a stem has four numbers; a block has twelve parts, a mask or none, and a stride");
-  Tensor x = packed_stem(images, stem_weight, stem_bias, stem[0], stem[1], stem[2] != 0, stem[3] != 0);
+  Tensor x = packed_stem(images, stem_weight, stem_bias, stem[0], stem[1], stem[2] != 0, stem[3] != 0, stem_tiles);
   for (size_t i = 0; i < strides.size(); ++i) {
     x = run(Parts(&parts[Parts::kMany * i]), x, masks[i], strides[i]);
   }

@@ -5,8 +5,9 @@
 
 namespace gatedkernels {
 
-// Images of any layout, float32 or bfloat16 as the weights are, to NHWC pixels.
+// Images of any layout, float32 or bfloat16 as the weights are, to NHWC pixels. `tiles` are the weights transformed for
+// stem_tiles.h.
 Tensor packed_stem(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t stride, int64_t padding,
-                   bool relu, bool pool);
+                   bool relu, bool pool, const MaybeTensor& tiles = std::nullopt);
 
 }  // namespace gatedkernels

@@ -7,7 +7,7 @@ from torch.nn.functional import conv2d, max_pool2d
 from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm
 from gatedkernels.nn.packed import NATIVE, Packed, check_images, computed
-from gatedkernels.ops.packed import pack_stem, unpack_stem
+from gatedkernels.ops.packed import pack_stem, pack_stem_tiles, unpack_stem
 
 _MOST_CHANNELS = 8  # beyond, the taps of one row of the window are long enough for the general kernels
 
@@ -34,6 +34,7 @@ class PackedStem(Packed):
 
     weight: Tensor
     bias: Tensor
+    tiles: Tensor | None
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, relu: bool, pool: bool) -> None:
         super().__init__()
@@ -42,7 +43,8 @@ class PackedStem(Packed):
         self.relu, self.pool = relu, pool
         weight, bias = fold_norm(conv.weight, conv.bias, norm)
         bias = weight.new_zeros(len(weight)) if bias is None else bias
-        self._keep(weight=pack_stem(weight), bias=bias)
+        on_tiles = self.shape.kernel_size == (7, 7) and self.shape.stride == (2, 2) and weight.dtype == torch.float32
+        self._keep(weight=pack_stem(weight), bias=bias, tiles=pack_stem_tiles(weight) if on_tiles else None)
         self.eval()
 
     @staticmethod
@@ -72,9 +74,8 @@ class PackedStem(Packed):
         check_images(x, shape.in_channels, self.weight, self.stored)
         stride, padding = shape.stride[0], shape.padding[0]
         if self.weight.dtype in NATIVE:
-            images = self._as_computed(x)
-            y = torch.ops.gatedkernels.packed_stem.default(images, self.weight, self.bias, stride, padding, relu, pool)
-            return self._as_stored(y)
+            own = self.weight, self.bias, stride, padding, relu, pool, self.tiles
+            return self._as_stored(torch.ops.gatedkernels.packed_stem.default(self._as_computed(x), *own))
         y = conv2d(x, unpack_stem(self.weight, shape.out_channels), self.bias, stride, padding)
         y = y.relu() if relu else y
         return max_pool2d(y, 3, 2, 1) if pool else y

@@ -75,4 +75,5 @@ class PackedTrunk:
             masks.append(block.given_mask(x))
         strides = [block.shapes[0].stride[0] for block in self._blocks]
         numbers = [stem.shape.stride[0], stem.shape.padding[0], int(stem.relu), int(stem.pool)]
-        return torch.ops.gatedkernels.packed_network.default(x, stem.weight, stem.bias, numbers, parts, masks, strides)
+        own = stem.weight, stem.bias, stem.tiles, numbers
+        return torch.ops.gatedkernels.packed_network.default(x, *own, parts, masks, strides)

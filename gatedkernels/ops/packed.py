@@ -49,6 +49,14 @@ def unpack_blocks(blocks: Tensor, out_channels: int) -> Tensor:
 
 # Filters to components; pixels to components and components to pixels are in csrc/include/cpu/tiles.h.
 _TO_TILES = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+_TO_STEM_TILES = (  # those of csrc/include/cpu/stem_tiles.h
+    (1, 0, 0, 0),
+    (-1 / 3, -1 / 3, -1 / 3, -1 / 3),
+    (1 / 3, -1 / 3, 1 / 3, -1 / 3),
+    (1 / 15, 2 / 15, 4 / 15, 8 / 15),
+    (-16 / 15, 8 / 15, -4 / 15, 2 / 15),
+    (0, 0, 0, 1),
+)
 _LEAST_TILES = 9  # as in csrc/cpu/strips.h
 _ROW_PADDING = 16  # numbers at the end of each row, which keep rows out of each other's cache sets
 
@@ -62,6 +70,14 @@ def unpack_stem(packed: Tensor, out_channels: int) -> Tensor:
     """The inverse of ``pack_stem``."""
     side = packed.shape[1]
     return unpack_blocks(packed.unflatten(2, (side, -1)).permute(0, 3, 1, 2, 4), out_channels)
+
+
+def pack_stem_tiles(weight: Tensor) -> Tensor:
+    """Filters (K, C, 7, 7) of stride 2 as (ceil(K / 32), 6, 7, 2 C, 32): six components of each of a window's rows."""
+    columns = pad(weight.double(), (0, 1)).unflatten(3, (4, 2))  # even taps, and odd ones
+    to_tiles = torch.tensor(_TO_STEM_TILES, dtype=torch.float64, device=weight.device)
+    tiles = torch.einsum("nt,kcrtp->nrpck", to_tiles, columns).flatten(2, 3).to(weight.dtype)
+    return pad(tiles, (0, -len(weight) % BLOCK)).unflatten(3, (-1, BLOCK)).permute(3, 0, 1, 2, 4).contiguous()
 
 
 def worth_tiles(height: int, width: int) -> bool:
@@ -205,7 +221,16 @@ def _packed_pool(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def _packed_stem(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, relu: bool, pool: bool) -> Tensor:
+def _packed_stem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: int,
+    relu: bool,
+    pool: bool,
+    tiles: Tensor | None = None,
+) -> Tensor:
     y = conv2d(x, unpack_stem(weight, len(bias)), bias, stride, padding)
     y = y.relu() if relu else y
     return (max_pool2d(y, 3, 2, 1) if pool else y).contiguous(memory_format=torch.channels_last)
@@ -215,6 +240,7 @@ def _packed_network(
     images: Tensor,
     stem_weight: Tensor,
     stem_bias: Tensor,
+    stem_tiles: Tensor | None,
     stem: Sequence[int],
     parts: Sequence[Tensor | None],
     masks: Sequence[Tensor | None],
@@ -375,7 +401,7 @@ def _(x):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("gatedkernels::packed_network")
-def _(images, stem_weight, stem_bias, stem, parts, masks, strides):  # type: ignore[no-untyped-def]
+def _(images, stem_weight, stem_bias, stem_tiles, stem, parts, masks, strides):  # type: ignore[no-untyped-def]
     return images.new_empty((images.shape[0], parts[-5].shape[0] if parts else stem_bias.shape[0]))
 
 
@@ -385,7 +411,7 @@ def _(x, weight, bias, in_mask, out_mask, residual, out_channels, stride, relu):
 
 
 @torch.library.register_fake("gatedkernels::packed_stem")
-def _(x, weight, bias, stride, padding, relu, pool):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, stride, padding, relu, pool, tiles=None):  # type: ignore[no-untyped-def]
     size = [(length + 2 * padding - weight.shape[1]) // stride + 1 for length in x.shape[2:]]
     size = [(length - 1) // 2 + 1 for length in size] if pool else size
     return x.new_empty((x.shape[0], bias.shape[0], *size)).to(memory_format=torch.channels_last)

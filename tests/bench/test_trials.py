@@ -36,7 +36,7 @@ def test_block_under_other_masks(masks: str):
 def test_network(stem: str):
     case = NetworkCase("gated_resnet18", 0.125, 12, stem, 2, 0.3)
     with trials.network_trial(case, complete=False) as trial:
-        assert trial.gated().shape == (2, 64) and trial.prepare is trials.run_before
+        assert trial.gated().shape == (2, 64)
         assert trial.kept == pytest.approx(0.3, abs=0.05)
         assert {"contiguous", "channels-last", "prepacked"} == trial.dense.keys()
 
@@ -54,7 +54,6 @@ def test_other_engines_take_part(monkeypatch: pytest.MonkeyPatch):
     with trials.network_trial(case) as trial:
         assert {"contiguous", "channels-last", "prepacked", "openvino"} == trial.dense.keys()
         assert trial.missing == {"onnxruntime": "it is not installed"}
-        assert trial.prepare is trials.settle_before  # its threads are not ours
 
 
 def test_a_wrong_engine_gets_no_number(monkeypatch: pytest.MonkeyPatch):
@@ -73,7 +72,7 @@ def test_cold_blocks_evict(monkeypatch: pytest.MonkeyPatch):
     with trials.block_trial(BlockCase(16, 6, 2, 0.5, cache="cold")) as trial:
         assert trial.prepare is trials.evict_before
     with trials.block_trial(BlockCase(16, 6, 2, 0.5)) as trial:
-        assert trial.prepare is trials.run_before
+        assert trial.prepare is trials.settle_before
     called = []
     monkeypatch.setattr(trials, "last_level_cache", lambda: 1 << 20)
     trials._other_things.cache_clear()
@@ -172,10 +171,9 @@ def test_the_only_way_is_the_baseline(monkeypatch: pytest.MonkeyPatch):
 
 def test_warm_calls_run_before_they_are_timed(monkeypatch: pytest.MonkeyPatch):
     clock = _Clock(monkeypatch)
-    trials.run_before(clock.way("once", 0.004))
-    trials.settle_before(clock.way("until other threads sleep", 0.004))
+    trials.settle_before(clock.way("for ten milliseconds", 0.004))
     trials.settle_before(clock.way("once is enough", 0.1))
-    assert clock.calls == ["once", *["until other threads sleep"] * 3, "once is enough"]
+    assert clock.calls == [*["for ten milliseconds"] * 3, "once is enough"]
 
 
 def test_both_sides_are_prepared_alike(monkeypatch: pytest.MonkeyPatch):

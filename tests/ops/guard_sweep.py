@@ -19,7 +19,7 @@ from torch import Tensor
 
 import gatedkernels as gk
 from gatedkernels import _extension
-from gatedkernels.ops.packed import pack_blocks, pack_rows, pack_stem, pack_tile_blocks, pack_tile_rows
+from gatedkernels.ops.packed import pack_blocks, pack_rows, pack_stem, pack_stem_tiles, pack_tile_blocks, pack_tile_rows
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -167,10 +167,11 @@ def check_stems(n: int, c: int, k: int, h: int, w: int) -> None:
     """The first layer, whose window is padded so that it fits."""
     x, bias = torch.randn(n, c, h, w), torch.randn(k)
     for side, stride, pool in ((3, 1, False), (7, 2, True)):
-        weight = pack_stem(torch.randn(k, c, side, side))
+        filters = torch.randn(k, c, side, side)
+        weight, tiles = pack_stem(filters), pack_stem_tiles(filters) if side == 7 else None
         for dtype in (torch.float32, torch.bfloat16):
             tensors = (t.to(dtype) for t in (x, weight, bias))
-            check("packed_stem", *tensors, stride, side // 2, True, pool)
+            check("packed_stem", *tensors, stride, side // 2, True, pool, tiles)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import conv2d, linear, max_pool2d
 
 import gatedkernels as gk
 from gatedkernels import _extension
-from gatedkernels.ops.packed import pack_blocks, pack_rows, pack_stem, pack_tile_blocks, pack_tile_rows
+from gatedkernels.ops.packed import pack_blocks, pack_rows, pack_stem, pack_stem_tiles, pack_tile_blocks, pack_tile_rows
 from gatedkernels.ops.plan.reference import pack
 
 ops = torch.ops.gatedkernels
@@ -134,6 +134,10 @@ def stems(c: int, k: int, h: int, w: int) -> None:
         check(name, ops.packed_stem(x, pack_stem(weight), bias, 1, 1, True, False), exact)
         pooled = ops.packed_stem(x, pack_stem(weight), bias, 1, 1, True, True)
         check(f"{name}, pooled", pooled, max_pool2d(exact, 3, 2, 1))
+    weight = torch.randn(k, c, 7, 7)
+    exact = conv2d(x.double(), weight.double(), bias.double(), 2, 3)
+    on_tiles = ops.packed_stem(x.float(), pack_stem(weight), bias.float(), 2, 3, False, False, pack_stem_tiles(weight))
+    check(f"packed_stem {(c, k, h, w)} on tiles", on_tiles, exact)
 
 
 def linears(c: int, k: int, tokens: int) -> None:

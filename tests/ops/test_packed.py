@@ -15,6 +15,7 @@ from gatedkernels.ops.packed import (
     pack_blocks,
     pack_rows,
     pack_stem,
+    pack_stem_tiles,
     pack_tile_blocks,
     pack_tile_rows,
     unpack_blocks,
@@ -221,6 +222,9 @@ def test_packed_block_leaves_nothing_behind(dtype: torch.dtype):
 STEMS = [
     (2, 3, 64, 32, 32, 3, 1, 1),
     (1, 3, 70, 37, 30, 7, 2, 3),
+    (2, 1, 64, 80, 83, 7, 2, 3),
+    (1, 5, 9, 7, 7, 7, 2, 0),
+    (2, 3, 40, 12, 1, 7, 2, 3),
     (3, 1, 5, 9, 7, 3, 1, 2),
     (2, 4, 33, 11, 13, 5, 3, 0),
     (1, 8, 16, 5, 1, 1, 1, 0),
@@ -236,7 +240,8 @@ def test_packed_stem(shape: tuple[int, ...], pool: bool, dtype: torch.dtype, lay
     n, c, k, h, w, side, stride, padding = shape
 
     def operator(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ops.packed_stem(x, pack_stem(weight), bias, stride, padding, pool, pool)
+        tiles = pack_stem_tiles(weight) if (side, stride) == (7, 2) else None
+        return ops.packed_stem(x, pack_stem(weight), bias, stride, padding, pool, pool, tiles)
 
     def definition(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = conv2d(x, weight, bias, stride, padding)
@@ -323,7 +328,7 @@ def test_definitions_serve_where_the_library_does_not(name: str, images):
         "packed_bottleneck_": (x.contiguous(memory_format=torch.channels_last), bottleneck, None, None),
         "packed_conv2d": (x, pack_blocks(weight), bias, mask, ~mask, x, 8, 1, True),
         "packed_network": (
-            x, pack_stem(weight), bias, [1, 1, 1, 0],
+            x, pack_stem(weight), bias, None, [1, 1, 1, 0],
             [torch.randn(6, 8), torch.randn(6), torch.randn(8, 6), torch.randn(8), *block, *shortcut,
              *[None] * 4, *block, None, None],
             [None, mask], [2, 1],
@@ -412,6 +417,7 @@ def test_registration(n: int, stride: int, images):
                 x,
                 pack_stem(weight),
                 bias,
+                None,
                 [stride, 1, 1, 0],
                 [None] * 4 + [pack_rows(weight), bias, pack_blocks(weight), bias] + [None] * 4,
                 [mask],

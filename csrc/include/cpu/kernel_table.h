@@ -12,6 +12,7 @@
 #include "cpu/out_tiles.h"
 #include "cpu/spread_rows.h"
 #include "cpu/stem_rows.h"
+#include "cpu/stem_tiles.h"
 
 namespace gatedkernels {
 
@@ -26,6 +27,7 @@ constexpr Kernels kernels_of(const char* name) {
           OutTiles<L>::run,
           InTiles<L>::run,
           StemRows<Float32<L>>::run,
+          StemTiles<L>::run,
           GateRows<L>::add_pixels,
           GateRows<L>::max_pixels,
           GateRows<L>::template linear<float>,

@@ -56,6 +56,26 @@ struct StemConvOf {
 
 using StemConv = StemConvOf<float>;
 
+// Where the components of a first convolution's padded rows lie; see stem_tiles.h.
+struct StemTable {
+  static constexpr int kPixels = 3, kComponents = 6, kProducts = 6 * kBlock * 16;
+
+  int tiles;
+  int64_t pitch, split;         // floats from value to value, and from pixel to pixel of a row that is taken apart
+  int64_t component, row;       // floats from table to table, and from row to row
+
+  explicit StemTable(const StemConv& conv)
+      : tiles((conv.OW + kPixels - 1) / kPixels),
+        pitch((tiles + 15) / 16 * 16),
+        split(pitch + 16),
+        component(2 * conv.C * pitch),
+        row(kComponents * component + 16) {}  // not a power of two
+  // Memory for the rows that `rows` of the result are made from.
+  int64_t scratch(const StemConv& conv, int64_t rows) const {
+    return kProducts + split * 2 * kPixels * conv.C + ((rows - 1) * conv.stride + conv.S) * row;
+  }
+};
+
 // The tiles of 2 x 2 output pixels of a 3 x 3 convolution of stride 1, row by row; see tiles.h.
 struct TileGrid {
   Geometry size;
@@ -175,6 +195,8 @@ struct Kernels {
                    int block, int last, const float* residual, float* y, float* scratch);
   // `rows` output rows, from the padded rows that they read.
   void (*stem_rows)(const StemConv&, const float* padded, int rows, float* y);
+  // The same on tiles, where S is 7 and the stride 2; weights transformed: (K / kBlock, 6, 7, 2 C, kBlock).
+  void (*stem_tiles)(const StemConv&, const float* padded, int rows, float* scratch, float* y);
   // sum[c] += x[p][c] over pixels of C adjacent channels, `step` floats apart.
   void (*add_pixels)(const float* x, int64_t pixels, int64_t step, int64_t C, float* sum);
   // y[c] = the largest pixels[p][c] of `count` pixels.
