@@ -78,8 +78,7 @@ class _FixedMasks:
         return Gate(fixed, fixed.to(output.weight.dtype)) if isinstance(output, Gate) else fixed
 
     def of_packed(self, gate: PackedGate, batch: int) -> Tensor:
-        bias = gate.layers()[-1]
-        return self._mask((batch, bias.shape[0]), bias.device)
+        return self._mask((batch, gate.decisions), gate.bias2.device)
 
     def of_codebook(self, gate: PackedCodebookGate, batch: int) -> Codes:
         return self._next((batch, gate.decisions), gate.table.device)

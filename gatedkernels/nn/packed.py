@@ -4,7 +4,7 @@ They keep the names inside the modules they replace, so that gates, masks and FL
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +27,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 # Without `default` each call would look for the overload, the only one, again: see `python -m bench.dispatch`.
 _channel_gate = torch.ops.gatedkernels.channel_gate.default
 _packed_conv2d = torch.ops.gatedkernels.packed_conv2d.default
-_WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
+GATE_WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
+Place = tuple[Mapping[str, Tensor | None], str]  # where a buffer is kept
 NATIVE = (torch.float32, torch.bfloat16)  # what the operators of gates and basic blocks serve
 
 
@@ -72,6 +73,10 @@ class Packed(nn.Module):
         """The buffers of these names, without a module's search for attributes, which takes longer than an operator."""
         return map(self._buffers.__getitem__, names)
 
+    def kept_at(self, names: Iterable[str]) -> list[Place]:
+        """Where ``kept`` finds them, for as long as the module is the same."""
+        return [(self._buffers, name) for name in names]
+
 
 class PackedGate(Packed):
     """A gate, its normalisation folded; returns the mask alone."""
@@ -97,9 +102,14 @@ class PackedGate(Packed):
         self.fixed: Callable[[int], Any] | None = None
         self.eval()
 
+    @property
+    def decisions(self) -> int:
+        """How many channels, or groups of them, are decided about."""
+        return self.shapes[1].out_channels
+
     def layers(self) -> list[Tensor]:
         """Weights and bias of the hidden layer and of the last one."""
-        return list(self.kept(_WEIGHTS))
+        return list(self.kept(GATE_WEIGHTS))
 
     def forward(self, x: Tensor) -> Tensor:
         """Mask, bool, shape (N, C / group), from the layer's input (N, C_in, H, W)."""

@@ -11,7 +11,16 @@ from gatedkernels.nn.costs import ConvCost, ConvShape, conv_cost, output_size
 from gatedkernels.nn.fold import fold_norm
 from gatedkernels.nn.gate import Gate
 from gatedkernels.nn.masks import check_mask
-from gatedkernels.nn.packed import NATIVE, Packed, PackedConv2d, PackedGate, check_images, computed
+from gatedkernels.nn.packed import (
+    GATE_WEIGHTS,
+    NATIVE,
+    Packed,
+    PackedConv2d,
+    PackedGate,
+    Place,
+    check_images,
+    computed,
+)
 from gatedkernels.nn.packed_codebook import PackedCodebookGate, packed_gate
 from gatedkernels.nn.slimmable_blocks import SlimmableBasicBlock, SlimmableBottleneck, SlimmableResidual
 from gatedkernels.ops.gated_block.op import gated_block
@@ -33,6 +42,7 @@ _ops = torch.ops.gatedkernels
 _packed_block, _packed_residual = _ops.packed_block.default, _ops.packed_residual.default
 _packed_bottleneck = _ops.packed_bottleneck.default
 _NO_GATE = (None, None, None, None)  # its layers
+_NOWHERE: Place = ({"": None}, "")  # of a gate or a shortcut that a block does not have
 _CONV = ("weight", "bias")
 _BLOCK_WEIGHTS = ("weight1", "bias1", "weight2", "bias2", "tiles1", "tiles2")
 
@@ -160,11 +170,14 @@ class PackedBasicBlock(PackedResidual):
             and (downsample is None or (downsample.is_packed and downsample.extra_padding == 0))
         )
 
-    def parts(self) -> tuple[Tensor | None, ...]:
-        """What these operators take of it: the gate's weights, the block's own, and the shortcut's."""
-        gate = cast(PackedGate | None, self._modules["gate"])
-        decision = _NO_GATE if gate is None else gate.layers()
-        return *decision, *self.kept(_BLOCK_WEIGHTS), *self._shortcut()
+    def places(self) -> list[Place]:
+        """Where these operators' arguments are kept: the gate's weights, the block's own, and the shortcut's."""
+        gate, downsample = cast(PackedGate | None, self._modules["gate"]), self.downsample
+        return [
+            *([_NOWHERE] * len(GATE_WEIGHTS) if gate is None else gate.kept_at(GATE_WEIGHTS)),
+            *self.kept_at(_BLOCK_WEIGHTS),
+            *([_NOWHERE] * len(_CONV) if downsample is None else downsample.kept_at(_CONV)),
+        ]
 
     def given_mask(self, x: Tensor) -> Tensor | None:
         """What is opened for these images instead of the gate's decision, if anything; see `fix_gates`."""
@@ -189,7 +202,8 @@ class PackedBasicBlock(PackedResidual):
         if fixed is None and self.downsample is None:
             # What is left out costs the call nothing, what is None as much as a tensor.
             return _packed_residual(x, *gate.layers(), *self.kept(_BLOCK_WEIGHTS))
-        return _packed_residual(x, *self.parts(), fixed, self.shapes[0].stride[0])
+        arguments = (buffers[name] for buffers, name in self.places())
+        return _packed_residual(x, *arguments, fixed, self.shapes[0].stride[0])
 
     def chains(self, x: Tensor, branch: Branch | None) -> bool:
         """Whether ``run_chained`` serves images like these: on a GPU, where nobody listens."""

@@ -10,6 +10,9 @@ from gatedkernels.nn.packed import NATIVE, check_images
 from gatedkernels.nn.packed_blocks import PackedBasicBlock
 from gatedkernels.nn.packed_stem import PackedPool, PackedStem
 
+# Without `default` each call would look for the overload, the only one, again: see `python -m bench.dispatch`.
+_packed_network = torch.ops.gatedkernels.packed_network.default
+
 
 class PackedTrunk:
     """Stem, residual blocks and pooling of an optimised network in one call.
@@ -35,6 +38,12 @@ class PackedTrunk:
             self._places.append((network._modules, root, network.get_submodule(root)))
             for parent in network.get_submodule(root).modules():
                 self._places += [(parent._modules, name, child) for name, child in parent.named_children()]
+        stem = self._stem.shape
+        self._numbers = [stem.stride[0], stem.padding[0], int(self._stem.relu), int(self._stem.pool)]
+        self._strides = [block.shapes[0].stride[0] for block in self._blocks]
+        # Found once: while the modules are the same, so are these, whatever tensors they hold.
+        self._stem_places = self._stem.kept_at(("weight", "bias", "tiles"))
+        self._parts = [place for block in self._blocks for place in block.places()]
 
     @staticmethod
     def serves(network: nn.Module, front: Sequence[str], stages: Sequence[str], pooling: str) -> bool:
@@ -66,14 +75,8 @@ class PackedTrunk:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Features, shape (N, channels of the last block), of images (N, C, H, W) that it takes."""
-        stem = self._stem
-        check_images(x, stem.shape.in_channels, stem.weight)
-        parts: list[Tensor | None] = []
-        masks: list[Tensor | None] = []
-        for block in self._blocks:
-            parts += block.parts()
-            masks.append(block.given_mask(x))
-        strides = [block.shapes[0].stride[0] for block in self._blocks]
-        numbers = [stem.shape.stride[0], stem.shape.padding[0], int(stem.relu), int(stem.pool)]
-        own = stem.weight, stem.bias, stem.tiles, numbers
-        return torch.ops.gatedkernels.packed_network.default(x, *own, parts, masks, strides)
+        stem = [buffers[name] for buffers, name in self._stem_places]
+        check_images(x, self._stem.shape.in_channels, cast(Tensor, stem[0]))
+        parts = [buffers[name] for buffers, name in self._parts]
+        masks = [block.given_mask(x) for block in self._blocks]
+        return _packed_network(x, *stem, self._numbers, parts, masks, self._strides)
