@@ -2,9 +2,9 @@
 
 ``python -m bench.versus BEFORE AFTER block:256,8,1,0.2 network:32,1,0.3`` takes two checkouts, each with its library
 built in place, loads each in a process of its own, and lets them take turns. Cases are channels, image size, batch and
-fraction kept of a block, or image size, batch and fraction kept of a gated ResNet-18; both after `gk.optimize`, masks
-fixed; `gatedkernels.models` are those that are installed. It prints medians, milliseconds, and the median of the
-ratios, before over after.
+fraction kept of a block, or image size, batch and fraction kept of a gated ResNet-18, in bfloat16 as ``block_bf16:``
+and ``network_bf16:``; both after `gk.optimize`, masks fixed; `gatedkernels.models` are those that are installed. It
+prints medians, milliseconds, and the median of the ratios, before over after.
 """
 
 import argparse
@@ -45,19 +45,21 @@ def _prepare(case: str, stack: ExitStack) -> Callable[[], object]:
     from gatedkernels.nn import GatedBasicBlock
 
     torch.manual_seed(0)
-    kind, _, numbers = case.partition(":")
+    name, _, numbers = case.partition(":")
+    kind, _, dtype = name.partition("_")
     *sizes, kept = numbers.split(",")
+    dtypes = {"": torch.float32, "bf16": torch.bfloat16}
+    if dtype not in dtypes or kind not in ("block", "network"):
+        raise ValueError(f"a case must begin with block, block_bf16, network or network_bf16 and a colon, got {case!r}")
     if kind == "block":
         channels, size, batch = map(int, sizes)
         model, shape = GatedBasicBlock(channels, channels), (batch, channels, size, size)
-    elif kind == "network":
+    else:
         size, batch = map(int, sizes)
         model = gk.models.gated_resnet18(num_classes=None, stem="cifar" if size < 100 else "imagenet")
         shape = batch, 3, size, size
-    else:
-        raise ValueError(f"a case must begin with block: or network:, got {case!r}")
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-    fast = gk.optimize(model.eval(), x)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last).to(dtypes[dtype])
+    fast = gk.optimize(model.eval().to(x.dtype), x)
     stack.enter_context(gk.fix_gates(fast, float(kept)))
     return lambda: fast(x)
 

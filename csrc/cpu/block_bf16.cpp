@@ -49,15 +49,17 @@ bool out_pairs_pay(const TileGrid& grid, int32_t count, int C, int64_t redone) {
   if (grid.size.stride != 1 || grid.tiles() < kLeastTiles) return false;
   constexpr double kDirect = 1.1, kFinish = 60.0 / 16;
   const int over = grid.tiles() % 16, lanes = grid.tiles() - over + (over == 0 ? 0 : over <= 8 ? 8 : 16);
+  const double each = lanes == 16 ? 1.5 : 1;  // a weight is loaded for a single vector of tiles
   const double direct = kDirect * C / 2 * count * taps_inside(grid.size) / 16;
-  return C / 2.0 * (count * lanes + transform_cycles(grid, redone)) + kFinish * count * grid.tiles() < direct;
+  return C / 2.0 * (each * count * lanes + transform_cycles(grid, redone)) + kFinish * count * grid.tiles() < direct;
 }
 
-bool in_pairs_pay(const TileGrid& grid, int32_t count, int K, int64_t redone) {
+bool in_pairs_pay(const TileGrid& grid, int32_t count, int K, int64_t samples, int64_t redone) {
   if (grid.tiles() < kLeastTiles) return false;
-  constexpr double kTiles = 1.1, kFinish = 90;
+  constexpr double kTiles = 1.1;
+  const double finish = far_images(samples, int64_t{grid.size.OH} * grid.size.OW * K) ? 120 : 90;
   const double pairs = count / 2.0, vectors = K / 16.0, direct = vectors * pairs * taps_inside(grid.size);
-  return vectors * (16 * kTiles * pairs + kFinish) * grid.tiles() + pairs * transform_cycles(grid, redone) < direct;
+  return vectors * (16 * kTiles * pairs + finish) * grid.tiles() + pairs * transform_cycles(grid, redone) < direct;
 }
 
 // Tensors as the operators take them, checked.
@@ -93,14 +95,14 @@ class PairBlock {
     if (N_ == 1) conv1_.turns = conv2_.turns = static_cast<int>(threads());
     tiles1_ = conv1_, tiles1_.weight = bf16s(given.tiles1);
     tiles2_ = conv2_, tiles2_.weight = bf16s(given.tiles2);
-    // As in block.cpp: transformed weights that come from memory cost a sample or two more than they save.
+    // As in block.cpp: transformed weights that come from memory may cost a sample or two more than they save, those of
+    // the first convolution, which are read for a single vector of tiles each.
     const bool far = 32 * hidden_ * (conv1_.C + conv2_.K) > kFarBytes && N_ < 4;
     for (int64_t n = 0; n < N_; ++n) {
       const int32_t count = plan.count[n];
-      const bool tiled = !far || 4 * count >= 3 * hidden_;
-      tiled1_[n] = tiled && tiles1_.weight && conv1_.C % 2 == 0 &&
+      tiled1_[n] = (!far || 2 * count >= hidden_) && tiles1_.weight && conv1_.C % 2 == 0 &&
                    out_pairs_pay(grid1_, count, conv1_.C, redone(out_parts(count)));
-      tiled2_[n] = tiled && tiles2_.weight && in_pairs_pay(grid2_, count, conv2_.K, redone(in_parts()));
+      tiled2_[n] = tiles2_.weight && in_pairs_pay(grid2_, count, conv2_.K, N_, redone(in_parts()));
     }
     if (given.shortcut_weight) add_shortcut(given, x, y, stride);
   }

@@ -60,14 +60,15 @@ inline bool out_tiles_pay(const TileGrid& grid, int32_t count) {
          static_cast<double>(count * lanes) + transform < count * taps_inside(grid.size) / 16;
 }
 
-// The same for each vector of output channels, of `count` active input channels. Tiles are read and written at their
-// ends, in a burst, and large images of many samples are not near then: at least `image` floats of each sample. As
-// measured with two threads; any other number decides alike, or results would depend on it.
+// Tiles are read and written at their ends, in a burst, and large images of many samples, of so many numbers each, are not
+// near then. As measured with two threads; any other number decides alike, or results would depend on it.
+inline bool far_images(int64_t samples, int64_t image) { return samples > 2 && image >= 1 << 16; }
+
+// The same as out_tiles_pay for each vector of output channels, of `count` active input channels.
 inline bool in_tiles_pay(const TileGrid& grid, int32_t count, int64_t samples, int64_t image) {
-  constexpr int64_t kFarFloats = 1 << 16;
-  const int kFinish = samples > 2 && image >= kFarFloats ? 190 : 90;
+  const int finish = far_images(samples, image) ? 190 : 90;
   return grid.size.stride == 1 && grid.tiles() >= kLeastTiles &&
-         (16.0 * count + kFinish) * grid.tiles() < count * taps_inside(grid.size);
+         (16.0 * count + finish) * grid.tiles() < count * taps_inside(grid.size);
 }
 
 // The components of the strip that the calling thread computed from last, and memory for the kernels beside them.

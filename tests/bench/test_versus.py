@@ -22,5 +22,5 @@ def test_a_state_against_itself():
 
 
 def test_an_unknown_case():
-    with pytest.raises(ValueError, match="a case must begin with block: or network:"):
+    with pytest.raises(ValueError, match="a case must begin with block, block_bf16, network or network_bf16"):
         work(["layer:3"])
