@@ -57,15 +57,14 @@ class Block {
     if (N_ == 1) conv1_.turns = conv2_.turns = static_cast<int>(threads());
     tiles1_ = conv1_, tiles1_.weight = weights1.transformed;
     tiles2_ = conv2_, tiles2_.weight = weights2.transformed;
-    // Transformed weights are 16 / 9 as many. Where they come from memory, few samples share them and little is
-    // computed with each, that costs more than it saves.
+    // Transformed weights are 16 / 9 as many. Where they come from memory, few samples share them and little is computed
+    // with each, those of the first convolution cost more than they save.
     const bool far = 64 * hidden * (conv1_.C + conv2_.K) > kFarBytes && N_ < 4;
     for (int64_t n = 0; n < N_; ++n) {
       const int32_t count = plan.count[n];
       offset_[n + 1] = offset_[n] + (kept ? hidden : count) * plane;
-      const bool tiled = !far || 6 * count >= hidden;
-      tiled1_[n] = tiled && weights1.transformed && out_tiles_pay(grid1_, count);
-      tiled2_[n] = tiled && weights2.transformed && in_tiles_pay(grid2_, count, N_, pixels * conv2_.K);
+      tiled1_[n] = (!far || 6 * count >= hidden) && weights1.transformed && out_tiles_pay(grid1_, count);
+      tiled2_[n] = weights2.transformed && in_tiles_pay(grid2_, count, N_, pixels * conv2_.K);
     }
     if (shortcut) {
       shortcut_ = in_conv(x, geometry(x, 1, stride), shortcut->weight, shortcut->bias, conv2_.K, true, false);
