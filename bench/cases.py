@@ -103,6 +103,23 @@ class FunctionalCase(_Case):
 
 
 @dataclass(frozen=True)
+class PointwiseCase(_Case):
+    """One functional 1x1 convolution on channels-last images, ``density`` of its outputs or of its inputs open."""
+
+    gated: Literal["outputs", "inputs"]
+    channels: int
+    filters: int
+    size: int
+    batch: int
+    density: float
+
+    def small(self) -> "PointwiseCase":
+        """The same in milliseconds, to see that it works."""
+        few = {"channels": self.channels // 8, "filters": self.filters // 8}
+        return replace(self, size=min(self.size, 6), batch=min(self.batch, 3), **few)
+
+
+@dataclass(frozen=True)
 class BackwardCase(_Case):
     """The backward of one functional call on channels-last images."""
 
@@ -197,6 +214,19 @@ FUNCTIONALS = tuple(
     )
 )
 
+# Those of bottlenecks and of inverted residuals.
+POINTWISE = tuple(
+    PointwiseCase(gated, *shape, density)
+    for gated, shape, density in product(
+        ("outputs", "inputs"),
+        (
+            *((64, 256, 56, 1), (256, 64, 28, 1), (512, 128, 28, 1), (256, 256, 14, 1), (1024, 256, 14, 1)),
+            *((2048, 512, 7, 1), (64, 256, 56, 16), (256, 256, 14, 16), (512, 512, 7, 16)),
+        ),
+        (0.3, 0.5, 0.7, 1.0),
+    )
+)
+
 BACKWARDS = (
     *(BackwardCase("gated_block", *shape, 16, 0.3) for shape in SHAPES),
     *(BackwardCase("gated_block", *shape, 1, 0.3) for shape in (SHAPES[0], SHAPES[3])),
@@ -262,7 +292,8 @@ def mask_cases(files: Sequence[Path]) -> tuple[BlockCase, ...]:
 
 
 # Every case, by the group of its cells; ``bench/test_<file>.py`` has a ``test_<group>`` for each.
-GROUPS: dict[str, tuple[BlockCase | BottleneckCase | NetworkCase | FunctionalCase | BackwardCase | LinearCase, ...]] = {
+AnyCase = BlockCase | BottleneckCase | NetworkCase | FunctionalCase | PointwiseCase | BackwardCase | LinearCase
+GROUPS: dict[str, tuple[AnyCase, ...]] = {
     "block": BLOCKS,
     "masks": mask_cases(recordings()),
     "cold": COLD,
@@ -272,13 +303,14 @@ GROUPS: dict[str, tuple[BlockCase | BottleneckCase | NetworkCase | FunctionalCas
     "bottleneck": BOTTLENECKS,
     "network_50": NETWORKS_50,
     "functional": FUNCTIONALS,
+    "pointwise": POINTWISE,
     "backward": BACKWARDS,
     "backward_one": BACKWARDS_ONE,
     "linear": LINEARS,
 }
 
 # Groups that are measured where they are asked for; the others take ten minutes.
-ON_REQUEST = ("block_bf16", "network_bf16", "bottleneck", "network_50", "backward_one")
+ON_REQUEST = ("block_bf16", "network_bf16", "bottleneck", "network_50", "pointwise", "backward_one")
 
 # What a case takes beside the seconds it is timed for: building, checking, choosing the baseline; two Zen 4 cores.
 SECONDS_BESIDE = {
@@ -291,6 +323,7 @@ SECONDS_BESIDE = {
     "bottleneck": 0.5,
     "network_50": 40.0,
     "functional": 0.6,
+    "pointwise": 0.4,
     "backward": 0.8,
     "backward_one": 0.8,
     "linear": 0.4,

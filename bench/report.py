@@ -16,7 +16,7 @@ _HIDDEN = {"density", "kept"}
 # Facts that differ between a cell and the one with every gate open.
 _GATING = {*_HIDDEN, "masks"}
 # Functional calls choose their algorithm by density: with every gate open it is another, and nothing to divide by.
-_UNDIVIDED = {"functional", "backward", "backward_one"}
+_UNDIVIDED = {"functional", "pointwise", "backward", "backward_one"}
 
 
 def markdown(results: Results) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from bench.cases import BlockCase, BottleneckCase, FunctionalCase, NetworkCase
+from bench.cases import BlockCase, BottleneckCase, FunctionalCase, NetworkCase, PointwiseCase
 from bench.replay import draw, open_as
 from gatedkernels import count_flops, fix_gates, gated_block, gated_conv2d, models, optimize
 from gatedkernels.nn import Gate, GatedBasicBlock, GatedBottleneck, gated_flops, kept_fraction
@@ -165,6 +165,30 @@ def functional_trial(case: FunctionalCase) -> Iterator[Trial]:
         "converted": lambda: converted(next(other_scale)),
     }
     yield Trial(lambda: gated(x, weights, biases, next(mask)), ways, float(masks[0].float().mean()))
+
+
+@contextmanager
+def pointwise_trial(case: PointwiseCase) -> Iterator[Trial]:
+    """A functional 1x1 convolution against PyTorch's, whose outputs or inputs are multiplied by the mask."""
+    torch.manual_seed(0)
+    x = _images(case.batch, case.channels, case.size).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(case.filters, case.channels, 1, 1) / case.channels**0.5
+    bias = torch.randn(case.filters)
+    outputs = case.gated == "outputs"
+    masks = list(draw_masks("1x1", case.density, 0, case.batch, case.filters if outputs else case.channels))
+    scales = [mask.float()[..., None, None] for mask in masks]
+
+    def gated(mask: Tensor) -> Tensor:
+        return gated_conv2d(x, weight, bias, **{"out_mask" if outputs else "in_mask": mask})
+
+    def dense(scale: Tensor) -> Tensor:
+        return conv2d(x, weight, bias).mul_(scale) if outputs else conv2d(x * scale, weight, bias)
+
+    with torch.inference_mode():
+        check_same("gated_conv2d", gated(masks[0]), dense(scales[0]))
+    mask, scale = cycle(masks), cycle(scales)
+    kept = float(masks[0].float().mean())
+    yield Trial(lambda: gated(next(mask)), {"channels-last": lambda: dense(next(scale))}, kept)
 
 
 def _gated_conv(x: Tensor, weights: list[Tensor], biases: list[Tensor], mask: Tensor) -> Tensor:

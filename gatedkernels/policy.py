@@ -24,10 +24,10 @@ class Choice(NamedTuple):
 # density): the fewer pixels use a weight, the less packing it pays. How they were measured: docs/performance-calls.md.
 CPU_THRESHOLDS: dict[str, tuple[tuple[float, float], ...]] = {
     "conv_out 3x3": ((64, 0.75), (math.inf, 0.85)),
-    "conv_out 1x1": ((16, 0.3), (math.inf, 0.4)),
+    "conv_out 1x1": ((256, 0.75), (1024, 0.55), (math.inf, 0.4)),
     "conv_in 3x3": ((16, 0.2), (64, 0.5), (256, 0.55), (math.inf, 0.85)),
     "conv_in 3x3, large": ((256, 0.0), (math.inf, 0.75)),
-    "conv_in 1x1": ((256, 0.1), (1024, 0.5), (math.inf, 0.7)),
+    "conv_in 1x1": ((128, 0.0), (256, 0.35), (1024, 0.5), (math.inf, 0.7)),
     "gated_block 3x3": ((16, 0.35), (256, 0.55), (math.inf, 0.85)),
     "gated_block 3x3, large": ((256, 0.0), (math.inf, 0.75)),
     # The backward of a convolution; and a block with its backward, which are served by the same.

@@ -57,8 +57,8 @@ class Block {
     if (N_ == 1) conv1_.turns = conv2_.turns = static_cast<int>(threads());
     tiles1_ = conv1_, tiles1_.weight = weights1.transformed;
     tiles2_ = conv2_, tiles2_.weight = weights2.transformed;
-    // Transformed weights are 16 / 9 as many. Where they come from memory, few samples share them and little is computed
-    // with each, those of the first convolution cost more than they save.
+    // Transformed weights are 16 / 9 as many. Where they come from memory, few samples share them and little is
+    // computed with each, those of the first convolution cost more than they save.
     const bool far = 64 * hidden * (conv1_.C + conv2_.K) > kFarBytes && N_ < 4;
     for (int64_t n = 0; n < N_; ++n) {
       const int32_t count = plan.count[n];
@@ -263,7 +263,8 @@ Tensor block_and_shortcut(const Tensor& x, const Tensor& weight1, const Tensor& 
   STD_TORCH_CHECK(!shortcut_weight ||
                       (shortcut_weight->is_contiguous() && shortcut_weight->dim() == 5 &&
                        shortcut_weight->size(0) == ceil_div(out, kBlock) && shortcut_weight->size(1) == C &&
-                       shortcut_weight->size(2) == 1 && shortcut_bias->is_contiguous() && shortcut_bias->size(0) == out),
+                       shortcut_weight->size(2) == 1 && shortcut_bias->is_contiguous() &&
+                       shortcut_bias->size(0) == out),
                   "the shortcut's weight is packed as (K / 32, C, 1, 1, 32)");
   if (x.scalar_type() == ScalarType::BFloat16) {
     return block_and_shortcut_bf16(x, weight1, bias1, weight2, bias2, tiles1, tiles2, plan, residual, shortcut_weight,

@@ -34,10 +34,11 @@ struct PairPlanes {
   }
 };
 
-// When tiles pay, by the cycles of a core that they take (Zen 4: a multiplication of 16 pairs each), and direct kernels.
+// When tiles pay, by the cycles of a core that they take (Zen 4: a multiplication of 16 pairs each), and direct
+// kernels.
 
-// To compute a pair of channels' components, which every thread does `redone` times: rows of tiles take vectors of 16, 8
-// or 4, the last two overlapping.
+// To compute a pair of channels' components, which every thread does `redone` times: rows of tiles take vectors of 16,
+// 8 or 4, the last two overlapping.
 double transform_cycles(const TileGrid& grid, int64_t redone) {
   const int vector = grid.columns >= 16 ? 16 : grid.columns >= 8 ? 8 : 4;
   const double each = vector == 16 ? 120 : vector == 8 ? 75 : 60;

@@ -88,8 +88,8 @@ class GateLayers {
     second_.fetch(rows(second_, part, parts));
   }
 
-  // Part `part` of `parts` of a layer for one sample, or a whole layer for `samples`. `hidden` and `logits` have room for
-  // all that the layers leave.
+  // Part `part` of `parts` of a layer for one sample, or a whole layer for `samples`. `hidden` and `logits` have room
+  // for all that the layers leave.
   void run_first(int64_t samples, int64_t part, int64_t parts, const float* mean, float* hidden) const {
     const Share share = rows(first_, part, parts);
     first_.run(share, samples, mean, hidden);

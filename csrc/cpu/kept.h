@@ -33,8 +33,8 @@ class Kept {
   int64_t size_ = 0;
 };
 
-// The same with what a thread computed into it last, as far as a key says. Other calls may have other tensors at the same
-// place: a key names its call.
+// The same with what a thread computed into it last, as far as a key says. Other calls may have other tensors at the
+// same place: a key names its call.
 template <class Key>
 class KeptResult {
  public:

@@ -1,6 +1,6 @@
-// A residual network as one operator, from its images to the features that its last pooling leaves. Every call by way of
-// Python fetches the code that leads there, which the weights of the layer before have driven out of the caches: at batch
-// 1 that is a tenth of the network's time.
+// A residual network as one operator, from its images to the features that its last pooling leaves. Every call by way
+// of Python fetches the code that leads there, which the weights of the layer before have driven out of the caches: at
+// batch 1 that is a tenth of the network's time.
 #include <algorithm>
 #include <vector>
 
@@ -49,8 +49,9 @@ Tensor run(const Parts& block, const Tensor& x, const MaybeTensor& given, int64_
 
 // `stem`: stride, padding, and whether a ReLU and a pooling follow. `parts`: Parts::kMany of every block.
 Tensor packed_network(const Tensor& images, const Tensor& stem_weight, const Tensor& stem_bias,
-                      const MaybeTensor& stem_tiles, const std::vector<int64_t>& stem, const std::vector<MaybeTensor>& parts,
-                      const std::vector<MaybeTensor>& masks, const std::vector<int64_t>& strides) {
+                      const MaybeTensor& stem_tiles, const std::vector<int64_t>& stem,
+                      const std::vector<MaybeTensor>& parts, const std::vector<MaybeTensor>& masks,
+                      const std::vector<int64_t>& strides) {
   STD_TORCH_CHECK(stem.size() == 4 && parts.size() == Parts::kMany * strides.size() && masks.size() == strides.size(),
                   "a stem has four numbers; a block has twelve parts, a mask or none, and a stride");
   Tensor x = packed_stem(images, stem_weight, stem_bias, stem[0], stem[1], stem[2] != 0, stem[3] != 0, stem_tiles);

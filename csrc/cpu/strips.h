@@ -60,8 +60,8 @@ inline bool out_tiles_pay(const TileGrid& grid, int32_t count) {
          static_cast<double>(count * lanes) + transform < count * taps_inside(grid.size) / 16;
 }
 
-// Tiles are read and written at their ends, in a burst, and large images of many samples, of so many numbers each, are not
-// near then. As measured with two threads; any other number decides alike, or results would depend on it.
+// Tiles are read and written at their ends, in a burst, and large images of many samples, of so many numbers each, are
+// not near then. As measured with two threads; any other number decides alike, or results would depend on it.
 inline bool far_images(int64_t samples, int64_t image) { return samples > 2 && image >= 1 << 16; }
 
 // The same as out_tiles_pay for each vector of output channels, of `count` active input channels.

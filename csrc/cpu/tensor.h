@@ -1,6 +1,6 @@
 // A tensor behind the stable interface, for operators that take many of them and may be over in microseconds.
-// torch::stable::Tensor allocates something of its own for every argument, and asks the library for a size, a stride or,
-// one dtype after the other, a dtype whenever somebody wants to know; here all of that is asked for once.
+// torch::stable::Tensor allocates something of its own for every argument, and asks the library for a size, a stride
+// or, one dtype after the other, a dtype whenever somebody wants to know; here all of that is asked for once.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

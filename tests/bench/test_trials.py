@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import trials
-from bench.cases import BlockCase, FunctionalCase, NetworkCase
+from bench.cases import BlockCase, FunctionalCase, NetworkCase, PointwiseCase
 from bench.runner import make_cell, measure, time_ways
 from bench.trials import Trial
 from gatedkernels.reporting.baselines import dense_baselines
@@ -93,6 +93,16 @@ def test_functional(operation, layout):
             assert y.is_contiguous(
                 memory_format=torch.contiguous_format if layout == "contiguous" else torch.channels_last
             )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("gated", ["outputs", "inputs"])
+def test_pointwise(gated):
+    with trials.pointwise_trial(PointwiseCase(gated, 16, 24, 6, 2, 0.5)) as trial:
+        assert trial.kept == 0.5
+        assert trial.gated().shape == (2, 24, 6, 6)
+        if gated == "outputs":
+            assert (trial.gated() == 0).all(-1).all(-1).sum(1).tolist() == [12, 12]
 
 
 def test_a_wrong_kernel_gets_no_number(monkeypatch: pytest.MonkeyPatch):

@@ -17,8 +17,8 @@ struct InTiles {
   static constexpr int kTogether = 3;  // groups of tiles that walk through the weights side by side
   static_assert(kTogether * kMostTiles <= 36 && kVectors * L <= 32, "tile_scratch counts on it");
 
-  // Weights to bring nearer meanwhile: of the four components at `four`, nothing if it is null, one piece of kBlock floats
-  // from `piece` on in `every` steps. Four pieces are the row of a channel.
+  // Weights to bring nearer meanwhile: of the four components at `four`, nothing if it is null, one piece of kBlock
+  // floats from `piece` on in `every` steps. Four pieces are the row of a channel.
   struct Ahead {
     const float* four;
     int piece, every;
@@ -122,8 +122,8 @@ struct InTiles {
   // Tiles of the next of `groups` groups, as even as they come.
   static int tiles_of(int tiles, int groups) { return (tiles + groups - 1) / groups; }
 
-  static void finish_tiles(const InConv& conv, const TileGrid& grid, int tile, int many, int lane, const float* products,
-                           const float* residual, float* y) {
+  static void finish_tiles(const InConv& conv, const TileGrid& grid, int tile, int many, int lane,
+                           const float* products, const float* residual, float* y) {
     const Geometry& g = grid.size;
     for (int p = 0; p < many; ++p, ++tile) {
       const int row = 2 * (tile / grid.columns), column = 2 * (tile % grid.columns);
@@ -148,8 +148,9 @@ struct InTiles {
       const float* const weight = conv.weight + 4 * mine * quarter + lane % kBlock;
       const bool known = mine + 1 < last || (conv.turns > 0 && soon < blocks);
       for (int walk = 0, group = 0, at = 0; walk < walks; ++walk) {
-        // Some groups take four components each in turn, and meanwhile the weights of the next four come nearer, a share
-        // with every group, so that memory keeps up with arithmetic. Behind the last four come those of another block.
+        // Some groups take four components each in turn, and meanwhile the weights of the next four come nearer, a
+        // share with every group, so that memory keeps up with arithmetic. Behind the last four come those of another
+        // block.
         const int together = (groups - group + walks - walk - 1) / (walks - walk);
         const int first = at;
         for (int four = 0; four < 4; ++four) {
@@ -170,7 +171,8 @@ struct InTiles {
         at = first;
         for (int i = 0; i < together; ++i) {
           const int many = tiles_of(tiles - at, groups - group - i);
-          finish_tiles(conv, grid, strip.first + at, many, lane, scratch + 16 * (at - first) * kVectors * L, residual, y);
+          finish_tiles(conv, grid, strip.first + at, many, lane, scratch + 16 * (at - first) * kVectors * L, residual,
+                       y);
           at += many;
         }
         group += together;

@@ -91,10 +91,11 @@ struct Strip {
   int tiles() const { return last - first; }
 };
 
-// Whether a strip ends with the tile in the corner of an image of odd height and width, and this tile would have a vector
-// to itself: it is computed apart then, as the one pixel that it holds.
+// Whether a strip ends with the tile in the corner of an image of odd height and width, and this tile would have a
+// vector to itself: it is computed apart then, as the one pixel that it holds.
 inline bool has_lone_corner(const TileGrid& grid, Strip strip) {
-  return grid.size.OH % 2 && grid.size.OW % 2 && strip.last == grid.tiles() && strip.tiles() % 8 == 1 && strip.tiles() > 1;
+  const bool ends_alone = strip.last == grid.tiles() && strip.tiles() % 8 == 1 && strip.tiles() > 1;
+  return grid.size.OH % 2 && grid.size.OW % 2 && ends_alone;
 }
 
 // Where the 16 components of some channels and a strip of tiles lie, and behind them those that a lone corner needs.

@@ -63,9 +63,9 @@ struct LinearRows {
     }(std::make_integer_sequence<int, kMostTokens>{});
   }
 
-  // Part by part, so that a part's weights stay in the caches for all tokens; and one long chain of additions would lose
-  // digits. Results are read and written once a part, which costs shorter parts a tenth of their time: rows of outputs
-  // lie so far apart that a column of them falls into few sets of the first-level cache.
+  // Part by part, so that a part's weights stay in the caches for all tokens; and one long chain of additions would
+  // lose digits. Results are read and written once a part, which costs shorter parts a tenth of their time: rows of
+  // outputs lie so far apart that a column of them falls into few sets of the first-level cache.
   static void panel(const LinearPanel& job) {
     static constexpr std::array<std::array<Tile, kMostTokens>, kVectors> kTiles = {table<1>(), table<2>()};
     const RowCut cut(job.tokens, (job.tokens + kMostTokens - 1) / kMostTokens);

@@ -1,6 +1,6 @@
 // Winograd's tiles in bfloat16: what tiles.h, out_tiles.h and in_tiles.h do, on pairs of neighbouring input channels
-// that share a lane. Pixels and weights are bfloat16, transforms are computed in float32 and components rounded once; the
-// products of pairs are added in float32. AVX512-BF16, as bfloat16.h.
+// that share a lane. Pixels and weights are bfloat16, transforms are computed in float32 and components rounded once;
+// the products of pairs are added in float32. AVX512-BF16, as bfloat16.h.
 //
 // Where pairs are only moved they pass for floats.
 #pragma once

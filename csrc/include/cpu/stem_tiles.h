@@ -2,7 +2,7 @@
 // filtering F(3, 4) along rows (Lavin and Gray, 2016). The even and the odd pixels of a row are two images over which
 // the window moves by one, with four taps and three. Three pixels of the result are sums of six components, which are
 // products of polynomials at 0, 1, -1, 2, -1/2 and infinity: 11 products instead of 21 for each row of the window and
-// each channel. (The same with four pixels from seven components loses twice as many digits.)
+// each channel. (Four pixels from seven components would lose more digits.)
 //
 // A padded row has six tables of components: 2 C values of every tile, those of even pixels first, and tiles side by
 // side. At infinity the odd pixels, with three taps, have nothing.
