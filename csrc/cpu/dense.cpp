@@ -5,16 +5,12 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/vector.h"
 
 namespace gatedkernels {
 namespace {
 
 // Floats of one item of a pass over memory: a few microseconds.
 constexpr int64_t kPassFloats = 1 << 14;
-
-// Bits that a closed channel does not keep.
-typedef int32_t Bits __attribute__((vector_size(sizeof(Quad))));
 
 // Bools are bytes of 0 or 1, added up eight at a time.
 int64_t count_open(const Tensor& mask) {
@@ -51,49 +47,23 @@ bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-GK_INLINE void finish_quad(float* y, const float* residual, const int32_t* open, bool relu) {
-  Quad v = load<4>(y);
-  if (residual) v += load<4>(residual);
-  if (relu) v = v < Quad{} ? Quad{} : v;  // NaN stays
-  if (open) {
-    Bits bits;
-    std::memcpy(&bits, open, sizeof bits);
-    v = reinterpret_cast<Quad>(reinterpret_cast<Bits>(v) & bits);
-  }
-  store<4>(y, v);
-}
-
-template <bool kResidual, bool kOpen>
-void finish_row(float* y, const float* residual, const int32_t* open, bool relu, int64_t count) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-#pragma GCC unroll 4
-    for (int64_t j = i; j < i + 16; j += 4) {
-      finish_quad(y + j, kResidual ? residual + j : nullptr, kOpen ? open + j : nullptr, relu);
-    }
-  }
-  for (; i < count; ++i) {
-    const float v = kResidual ? y[i] + residual[i] : y[i];
-    y[i] = (relu && v < 0) || (kOpen && !open[i]) ? 0.0f : v;
-  }
-}
-
-// One pass over y, contiguous or channels-last: adds the residual, of the same layout, rectifies, closes channels.
-void finish(Tensor& y, const MaybeTensor& residual, const MaybeTensor& mask, bool relu) {
+// One pass from x to y, which may be the same, contiguous or channels-last: adds the residual, of the same layout,
+// rectifies, closes channels.
+void finish(const Tensor& x, Tensor& y, const MaybeTensor& residual, const MaybeTensor& mask, bool relu) {
   const int64_t N = y.size(0), C = y.size(1), pixels = y.size(2) * y.size(3);
   STD_TORCH_CHECK(!mask || mask->numel() == N * C, "a mask has a decision for every channel of every sample");
   if (y.numel() == 0) return;
   const bool planes = y.is_contiguous();
   const int64_t rows = planes ? C : pixels, columns = planes ? pixels : C;
   const int64_t step = std::max<int64_t>(kPassFloats / columns, 1), items = ceil_div(rows, step);
+  const float* from = floats(x);
   float* to = y.mutable_data_ptr<float>();
   const float* skip = floats(residual);
   const bool* decisions = mask ? mask->const_data_ptr<bool>() : nullptr;
   const bool by_column = decisions && !planes;
-  const auto run = by_column ? (skip ? finish_row<true, true> : finish_row<false, true>)
-                             : (skip ? finish_row<true, false> : finish_row<false, false>);
+  const auto run = kernels().finish_row;
   torch::stable::parallel_for(0, N * items, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> open(by_column ? C : 0);
+    std::vector<int32_t> open(by_column ? C : 0);  // all bits, or none
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / items, first = item % items * step, last = std::min(first + step, rows);
       const bool* decided = decisions ? decisions + n * C : nullptr;
@@ -103,7 +73,7 @@ void finish(Tensor& y, const MaybeTensor& residual, const MaybeTensor& mask, boo
         if (planes && decided && !decided[row]) {
           std::memset(to + at, 0, columns * sizeof(float));
         } else {
-          run(to + at, skip ? skip + at : nullptr, open.data(), relu, columns);
+          run(from + at, skip ? skip + at : nullptr, by_column ? open.data() : nullptr, relu, columns, to + at);
         }
       }
     }
@@ -145,12 +115,13 @@ Tensor dense_conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& bi
                     const MaybeTensor& out_mask, int64_t stride, MemoryFormat format) {
   Tensor images = in_best_layout(x, weight.numel(), 5);
   if (const MaybeTensor closed = closing(in_mask)) {
-    images = in_layout(images, layout_like(images));
-    if (images.const_data_ptr() == x.const_data_ptr()) images = library_clone(images);
-    finish(images, std::nullopt, closed, false);
+    const MemoryFormat own = layout_like(images);
+    const Tensor all = in_layout(images, own);
+    images = empty({x.size(0), x.size(1), x.size(2), x.size(3)}, ScalarType::Float, own);
+    finish(all, images, std::nullopt, closed, false);
   }
   Tensor y = convolve(images, weight, bias, stride);
-  if (const MaybeTensor closed = closing(out_mask)) finish(y, std::nullopt, closed, false);
+  if (const MaybeTensor closed = closing(out_mask)) finish(y, y, std::nullopt, closed, false);
   return in_layout(y, format);
 }
 
@@ -158,12 +129,12 @@ Tensor dense_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bi
                    const MaybeTensor& bias2, const Tensor& mask, const MaybeTensor& residual, int64_t stride,
                    MemoryFormat format) {
   Tensor hidden = convolve(in_best_layout(x, weight1.numel() + weight2.numel(), 4), weight1, bias1, stride);
-  finish(hidden, std::nullopt, closing(mask), true);
+  finish(hidden, hidden, std::nullopt, closing(mask), true);
   Tensor y = convolve(hidden, weight2, bias2, 1);
   MaybeTensor skip;
   if (residual) skip = in_layout(*residual, layout_like(y));
   STD_TORCH_CHECK(!skip || same_strides(*skip, y), "residual has the shape of the result");
-  finish(y, skip, std::nullopt, true);
+  finish(y, y, skip, std::nullopt, true);
   return in_layout(y, format);
 }
 

@@ -162,7 +162,6 @@ inline Tensor library_contiguous(const Tensor& t, MemoryFormat format = MemoryFo
   return ours(torch::stable::contiguous(theirs(t), format));
 }
 inline Tensor library_to(const Tensor& t, ScalarType dtype) { return ours(torch::stable::to(theirs(t), dtype)); }
-inline Tensor library_clone(const Tensor& t) { return ours(torch::stable::clone(theirs(t))); }
 
 }  // namespace gatedkernels
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/columns.h"
+#include "cpu/finish_rows.h"
 #include "cpu/gate_rows.h"
 #include "cpu/grad_rows.h"
 #include "cpu/in_rows.h"
@@ -30,6 +31,7 @@ constexpr Kernels kernels_of(const char* name) {
           StemTiles<L>::run,
           GateRows<L>::add_pixels,
           GateRows<L>::max_pixels,
+          FinishRows<L>::run,
           GateRows<L>::template linear<float>,
           GateRows<L>::template linear<uint16_t>,
           LinearRows<L>::panel,
