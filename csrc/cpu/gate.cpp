@@ -59,13 +59,15 @@ class Gate {
     // Weights that come from memory are worth the waiting of threads for each other.
     constexpr int64_t kManyBytes = 1 << 17;
     if (pixels_.N == 1 && threads() > 1 && layers_.bytes() >= kManyBytes) return run_shared();
-    torch::stable::parallel_for(0, pixels_.N, 1, [&](int64_t begin, int64_t end) {
-      Values values(*this, std::min(kTogether, end - begin));
-      layers_.fetch(0, 1);
-      for (int64_t n = begin; n < end; n += kTogether) {
-        const int64_t samples = std::min(kTogether, end - n);
-        for (int step = 0; step < kSteps; ++step) run_step(step, n, samples, 0, 1, values);
-      }
+    const int64_t together = std::clamp<int64_t>(pixels_.N / (2 * threads()), 1, kTogether);
+    const int64_t items = ceil_div(pixels_.N, together);
+    in_order(items, [&](int64_t item) {
+      // From the last samples, which were written last, to the first ones, with which convolutions begin: so that a
+      // cache that does not hold them all holds some.
+      const int64_t first = (items - 1 - item) * together, samples = std::min(together, pixels_.N - first);
+      Values values(*this, samples);
+      if (item < threads()) layers_.fetch(0, 1);
+      for (int step = 0; step < kSteps; ++step) run_step(step, first, samples, 0, 1, values);
     });
   }
 
@@ -99,7 +101,7 @@ class Gate {
     float *const mean = values.mean.data(), *const hidden = values.hidden.data();
     if (step == 0) {
       const Share channels = Share::of(pixels_.C, part, parts, 64);
-      for (int64_t i = 0; i < samples; ++i) pixels_.mean(first + i, channels, mean + i * pixels_.C);
+      for (int64_t i = samples - 1; i >= 0; --i) pixels_.mean(first + i, channels, mean + i * pixels_.C);
     } else if (step == 1) {
       layers_.run_first(samples, part, parts, mean, hidden);
     } else {
