@@ -93,14 +93,18 @@ std::vector<int32_t> used_inputs(const Plan& plan) {
   return list;
 }
 
+// Whether so many inputs are packed one column after another: whole rows are transposed in registers, which is faster.
+bool few_of_rows(const Weights& weight, int64_t inputs) {
+  return inputs < (weight.input_step == 1 ? weight.C / 4 : weight.C);
+}
+
 // The panels of the first `units` units, (units / kBlock, C, kBlock), filled in where an input is used.
 float* pack_panels(const Weights& weight, const Plan* plan, int64_t units) {
   const int64_t blocks = ceil_div(units, kBlock), C = weight.C;
   float* const panels = scratch(Use::kPanels, blocks * C * kBlock);
   const bool listed = plan && plan->index;
   const std::vector<int32_t> used = listed ? used_inputs(*plan) : std::vector<int32_t>();
-  // Whole rows are transposed in registers, which is faster than one column after another.
-  const bool some = listed && static_cast<int64_t>(used.size()) < (weight.input_step == 1 ? C / 4 : C);
+  const bool some = listed && few_of_rows(weight, static_cast<int64_t>(used.size()));
   constexpr int64_t kTogether = 128;
   const int64_t inputs = some ? used.size() : plan && !listed ? plan->most() : C, strips = ceil_div(inputs, kTogether);
   torch::stable::parallel_for(0, blocks * strips, 4, [&](int64_t begin, int64_t end) {
@@ -127,10 +131,11 @@ int64_t token_bands(int64_t tokens, int64_t pieces, int64_t least) {
 }
 
 // Whether each panel is packed by the item that uses it, for all samples: they and the panel stay in the second-level
-// cache, and no thread waits for others to have packed theirs.
+// cache, and no thread waits for others to have packed theirs, or fetches them from another core.
 bool panels_first(const Tensor& x, const Plan* plan, int64_t blocks) {
   constexpr int64_t kSmall = 1 << 17;  // floats
-  return x.numel() <= kSmall && !(plan && plan->index) && blocks >= 4 * threads();
+  const bool alone = x.size(0) == 1, listed = plan && plan->index;
+  return x.numel() <= kSmall && (alone || !listed) && blocks >= (alone ? 2 : 4) * threads();
 }
 
 // Every output from the open inputs; with widths a sample's units beyond its own are zeros, which the panel that its
@@ -140,7 +145,7 @@ void run_in(const Tensor& x, const Weights& weight, const float* bias, const Pla
   const int64_t N = x.size(0), T = x.size(1), C = weight.C, K = weight.K, blocks = ceil_div(K, kBlock);
   const int64_t widest = out_width ? out_width->most() : K;
   const float* in = floats(x);
-  const auto compute = [&](int64_t n, int64_t first, int64_t from, int64_t to, const float* panel) {
+  const auto compute = [&](int64_t n, int64_t first, int64_t from, int64_t to, const float* panel, bool shared) {
     const int64_t width = out_width ? out_width->count[n] : K, units = std::min<int64_t>(kBlock, width - first);
     if (first <= width && width < std::min(first + kBlock, K)) {
       for (int64_t t = from; t < to; ++t) std::memset(y + (n * T + t) * K + width, 0, (K - width) * sizeof(float));
@@ -150,16 +155,19 @@ void run_in(const Tensor& x, const Weights& weight, const float* bias, const Pla
     LinearPanel job = {};
     job.x = in + (n * T + from) * C, job.x_step = C, job.tokens = static_cast<int>(to - from);
     job.inputs = plan ? plan->list(n) : nullptr, job.count = static_cast<int>(plan ? plan->count[n] : C);
-    job.weight = panel, job.shared = true, job.bias = values.data();
+    job.weight = panel, job.shared = shared, job.bias = values.data();
     job.y = y + (n * T + from) * K + first, job.y_step = K, job.units = static_cast<int>(units);
     kernels().linear_panel(job);
   };
   if (panels_first(x, plan, blocks)) {
+    // Some inputs of one sample, or all; whole rows are transposed in registers, as in pack_panels.
+    const int32_t* list = plan && plan->index && few_of_rows(weight, plan->count[0]) ? plan->list(0) : nullptr;
+    const int64_t inputs = list ? plan->count[0] : plan && !plan->index ? plan->most() : C;
     in_order(blocks, [&](int64_t block) {
       const int64_t first = block * kBlock, units = std::min<int64_t>(kBlock, widest - first);
       float* const panel = scratch(Use::kPanel, C * kBlock);
-      if (units > 0) pack_panel(weight, nullptr, first, units, nullptr, 0, plan ? plan->most() : C, panel);
-      for (int64_t n = 0; n < N; ++n) compute(n, first, 0, T, panel);
+      if (units > 0) pack_panel(weight, nullptr, first, units, list, 0, inputs, panel);
+      for (int64_t n = 0; n < N; ++n) compute(n, first, 0, T, panel, list == nullptr);
     });
     return;
   }
@@ -167,7 +175,7 @@ void run_in(const Tensor& x, const Weights& weight, const float* bias, const Pla
   const int64_t bands = token_bands(T, N * blocks, 24);
   in_order(N * blocks * bands, [&](int64_t item) {
     const int64_t n = item / (blocks * bands), first = item / bands % blocks * kBlock, band = item % bands;
-    compute(n, first, T * band / bands, T * (band + 1) / bands, panels + first * C);
+    compute(n, first, T * band / bands, T * (band + 1) / bands, panels + first * C, true);
   });
 }
 

@@ -24,8 +24,13 @@ def _launch_dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_mask: Tensor | None, out_mask: Tensor | None
 ) -> Tensor:
     """What the reference does, in the fastest way that PyTorch has for it."""
-    y = linear(x if in_mask is None else select(x, along(in_mask, x)), weight, bias)
-    return y if out_mask is None else select_(y, along(out_mask, y))
+    y = linear(x if in_mask is None or _is_open(in_mask) else select(x, along(in_mask, x)), weight, bias)
+    return y if out_mask is None or _is_open(out_mask) else select_(y, along(out_mask, y))
+
+
+def _is_open(mask: Tensor) -> bool:
+    """Whether a mask closes nothing, where looking is free and nobody traces."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
 
 
 def _by_mask(x: Tensor, *masks: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
