@@ -202,8 +202,8 @@ struct Kernels {
   void (*add_pixels)(const float* x, int64_t pixels, int64_t step, int64_t C, float* sum);
   // y[c] = the largest pixels[p][c] of `count` pixels.
   void (*max_pixels)(const float* const* pixels, int count, int64_t C, float* y);
-  // y = x + residual, if there is one; rectified if `relu`; and zero where a number of `open` is, if there are any, which
-  // have all bits set elsewhere.
+  // y = x + residual, if there is one; rectified if `relu`; and zero where a number of `open` is, if there are any: those
+  // of open channels have all bits set.
   void (*finish_row)(const float* x, const float* residual, const int32_t* open, bool relu, int64_t count, float* y);
   // y[n] = weight (K, C) times x[n], plus bias, for samples that follow each other.
   void (*linear)(const float* weight, const float* bias, const float* x, int64_t samples, int64_t C, int64_t K,
