@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstring>
 
-
 namespace gatedkernels {
 namespace {
 

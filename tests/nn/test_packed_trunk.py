@@ -33,11 +33,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def build(
-    name: str = "gated_resnet18", branch: str = "gated", dtype: torch.dtype = torch.float32, seed: int = 0
+    name: str = "gated_resnet18",
+    branch: str = "gated",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    stem: str = "cifar",
 ) -> nn.Module:
     torch.manual_seed(seed)
     options = {"channels": 8} if name.startswith("slimmable") else {"width": 0.125, "gate_bias": 0.0}
-    model = create_model(name, num_classes=5, stem="cifar", **options).eval()
+    model = create_model(name, num_classes=5, stem=stem, **options).eval()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
@@ -137,4 +141,30 @@ def test_copies_have_their_own(calls: list[Tensor]):
         other.layer1[0].bias1.add_(1)
         other.layer1[0].bias2.add_(1)
     assert not torch.equal(fast(x), other(x))
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_large_first_window_is_the_module(n: int, calls: list[Tensor]):
+    fast, x = build(stem="imagenet"), torch.randn(n, 3, 45, 38)
+    assert fast.conv1.tiles is not None
+    with without_trunk(fast):
+        expected = fast(x)
+    assert torch.equal(fast(x), expected)
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["conv1.bias", "layer1.0.gate.bias2", "layer1.0.bias2", "layer2.0.downsample.bias"])
+def test_a_replaced_tensor_counts(name: str, calls: list[Tensor]):
+    fast, x = build(), torch.randn(1, 3, 16, 16)
+    before = fast(x)
+    module, _, tensor = name.rpartition(".")
+    owner = fast.get_submodule(module)
+    setattr(owner, tensor, getattr(owner, tensor) - 3)
+    with without_trunk(fast):
+        expected = fast(x)
+    assert torch.equal(fast(x), expected)
+    assert not torch.equal(expected, before)
     assert len(calls) == 2
