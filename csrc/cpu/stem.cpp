@@ -147,8 +147,13 @@ Tensor packed_stem(const Tensor& x, const Tensor& weight, const Tensor& bias, in
                              tiles->numel() == weight.size(0) * StemTable::kComponents * 14 * x.size(1) * kBlock),
                   "tiles is packed as (K / 32, 6, 7, 2 C, 32), for a window of 7 and a stride of 2");
   const Kernels& run = kernels_for(bias.size(0));
-  return run_stem<float>({run.stem_rows, run.max_pixels, tiles ? run.stem_tiles : nullptr}, x,
-                         floats(tiles ? *tiles : weight), side, bias, stride, padding, relu, pool);
+  // Rows of one or two tiles, mostly of zeros, cost more than they save, digits too.
+  constexpr int64_t kLeastWidth = 3 * StemTable::kPixels;
+  if (!tiles || (x.size(3) + 2 * padding - side) / stride + 1 < kLeastWidth) {
+    return run_stem<float>({run.stem_rows, run.max_pixels}, x, floats(weight), side, bias, stride, padding, relu, pool);
+  }
+  return run_stem<float>({run.stem_rows, run.max_pixels, run.stem_tiles}, x, floats(*tiles), side, bias, stride,
+                         padding, relu, pool);
 }
 
 }  // namespace gatedkernels
