@@ -58,7 +58,7 @@ using StemConv = StemConvOf<float>;
 
 // Where the components of a first convolution's padded rows lie; see stem_tiles.h.
 struct StemTable {
-  static constexpr int kPixels = 3, kComponents = 6, kProducts = 6 * kBlock * 16;
+  static constexpr int kPixels = 3, kComponents = 6, kProducts = kComponents * kBlock * 16;
 
   int tiles;
   int64_t pitch, split;         // floats from value to value, and from pixel to pixel of a row that is taken apart

@@ -10,8 +10,8 @@
 
 #include <algorithm>
 
+#include "cpu/numbers.h"
 #include "cpu/rows.h"
-#include "cpu/tiles.h"
 
 namespace gatedkernels {
 
