@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # whose boxes leave the words of an option a fifth of a terminal
 )
 
-_TRAIN_PACKAGES = {"PIL", "lightning", "matplotlib", "safetensors", "sklearn", "torchvision"}
+_TRAIN_PACKAGES = {"PIL", "kornia", "lightning", "matplotlib", "safetensors", "sklearn", "torchvision"}
 
 Run = Annotated[Path, typer.Argument(help="Folder of a training run.", show_default=False)]
 OnDevice = Annotated[Device, typer.Option(help="Where to compute.")]

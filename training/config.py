@@ -12,6 +12,7 @@ DataName = Literal["digits", "cifar10", "imagefolder", "synthetic"]
 Measure = Literal["knn1", "knn1_folds", "linear", "linear_5_labels"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 Device = Literal["auto", "cpu", "cuda"]
+Place = Literal["workers", "device"]
 Stem = Literal["cifar", "imagenet"]
 BaseLoss = Literal["relative", "absolute", "keys", "queue", "similarities"]
 Distillation = Literal["relative", "absolute", "keys", "none"]
@@ -33,6 +34,11 @@ class RunConfig:
         AugmentationName | None, "Which random views to take; none: those that fit images and method."
     ] = None
     blur: Annotated[float, "Probability of a Gaussian blur, with the augmentation for photos."] = 0.0
+    augment_on: Annotated[
+        Place,
+        "Where views are made: by the workers, an image at a time, or on the device, a batch at a time, of images of "
+        "one size that fit into its memory; the views differ in detail.",
+    ] = "workers"
 
     width: Annotated[
         float,

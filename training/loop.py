@@ -4,7 +4,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from gatedkernels import policy
 from gatedkernels.training.augment import VIEWS, EpochSampler, LabelledViews, Views
-from gatedkernels.training.config import RunConfig, USNetConfig
+from gatedkernels.training.batch_views import BATCH_VIEWS, BatchViews
+from gatedkernels.training.config import Device, RunConfig, USNetConfig
 from gatedkernels.training.data import Data
 from gatedkernels.training.errors import DataError, RunError, TrainingError
 from gatedkernels.training.metrics_log import MetricsLog
@@ -91,6 +92,11 @@ def check_device(config: RunConfig) -> None:
         raise TrainingError("precision must be 32 or bf16-mixed on a CPU, got 16-mixed")
 
 
+def place_of(device: Device) -> torch.device:
+    """Say where a device is: "auto" is a GPU if there is one."""
+    return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+
+
 def start_run(folder: RunFolder, config: RunConfig, *, resume: bool) -> RunConfig:
     """Prepare a folder that this process has locked.
 
@@ -119,17 +125,28 @@ def start_run(folder: RunFolder, config: RunConfig, *, resume: bool) -> RunConfi
     return config
 
 
-def view_loader(data: Data, config: RunConfig) -> DataLoader[tuple[Tensor, ...]]:
+def view_loader(data: Data, config: RunConfig) -> Iterable[tuple[Tensor, ...]]:
     """Load pairs of views, or views and labels, in an order and with augmentations that depend on the seed alone.
 
     Raises:
-        DataError: If there are fewer images than a batch holds.
+        DataError: If there are fewer images than a batch holds, or they are of several sizes where batches are
+            augmented.
     """
     if len(data.train) < config.batch_size:
         raise DataError(f"batch_size must be at most the {len(data.train)} training images, got {config.batch_size}")
     options = {"blur": config.blur} if config.views == "photos" else {}
-    view = VIEWS[config.views](config.image_size, data.mean, data.std, **options)
     labelled = isinstance(config, USNetConfig)
+    if config.augment_on == "device":
+        return BatchViews(
+            data.train,
+            BATCH_VIEWS[config.views](config.image_size, data.mean, data.std, **options),
+            1 if labelled else 2,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=place_of(config.device),
+            labelled=labelled,
+        )
+    view = VIEWS[config.views](config.image_size, data.mean, data.std, **options)
     views = LabelledViews(data.train, (view,), config.seed) if labelled else Views(data.train, (view,) * 2, config.seed)
     return DataLoader(
         views,
@@ -144,7 +161,7 @@ def view_loader(data: Data, config: RunConfig) -> DataLoader[tuple[Tensor, ...]]
 
 def train(
     module: pl.LightningModule,
-    loader: DataLoader[tuple[Tensor, ...]],
+    loader: Iterable[tuple[Tensor, ...]],
     config: RunConfig,
     folder: RunFolder,
     *,

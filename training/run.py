@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gatedkernels.nn import SlimmableLinear
 from gatedkernels.training.augment import plain_view
 from gatedkernels.training.config import Device, Measure, RunConfig, SlimmableConfig, TrainConfig, USNetConfig
@@ -18,7 +16,7 @@ from gatedkernels.training.evaluation import (
     evaluate_widths,
     mask_report,
 )
-from gatedkernels.training.loop import check_device, start_run, train, view_loader
+from gatedkernels.training.loop import check_device, place_of, start_run, train, view_loader
 from gatedkernels.training.recipes import (
     Backbone,
     SlimmableBackbone,
@@ -181,7 +179,7 @@ def evaluate_run(
     """
     config, backbone = load_run(path)
     data = load_run_data(config, data_dir)
-    place = _place(device)
+    place = place_of(device)
     costs = backbone_costs(backbone, config)
     results = {
         **describe_run(path, config, data),
@@ -246,13 +244,9 @@ def evaluate_slimmable_run(
         classifier=load_classifier(path, backbone) if isinstance(config, USNetConfig) else None,
         measures=measures,
         batch_size=batch_size,
-        device=_place(device),
+        device=place_of(device),
     )
     return {**describe_run(path, config, data), **results}, backbone
-
-
-def _place(device: Device) -> torch.device:
-    return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
 
 
 def describe_run(path: Path, config: RunConfig, data: Data) -> dict[str, Any]:

@@ -95,6 +95,17 @@ def test_a_killed_run_continues_to_the_same_losses(
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(path).items())
 
 
+def test_so_does_one_whose_batches_are_augmented_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = small(augment_on="device")
+    train_run(config, tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch:
+        kill_at(3, patch)
+        with pytest.raises(Killed):
+            train_run(config, tmp_path / "killed", progress=False)
+    train_run(config, tmp_path / "killed", resume=True, progress=False)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
 def test_resuming_a_finished_run_changes_nothing(finished: Path):
     before = losses(finished), weights(finished)
     train_run(small(), finished, resume=True, progress=False)
