@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml gatedkernels/_schemas.py
 
-.PHONY: demo test test-slow sanitize bench bench-check bench-gpu aot aot-all lint clean
+.PHONY: demo test test-slow sanitize bench bench-check bench-gpu bench-gpu-training aot aot-all lint clean
 .DEFAULT_GOAL := demo
 
 # PyTorch first, then the package against it: the libraries serve any PyTorch (stable ABI), and this downloads it once.
@@ -72,6 +72,9 @@ OUT ?= build/gpu
 PARTS ?= all
 bench-gpu:
 	$(PYTHON) -m bench.gpu --out $(OUT) $(PARTS)
+
+bench-gpu-training:
+	$(PYTHON) -m bench.gpu_training --out $(OUT) --data-dir $(DATA_DIR)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info gatedkernels/*.so

@@ -1,16 +1,19 @@
 """The GPU benchmark in one command: ``python -m bench.gpu [--out FOLDER] [PART ...]``, from the root of a checkout.
 
 It needs that checkout and a python with PyTorch, Triton, rich and pytest: no network, no installation, no compiled
-library. What is measured is written after every case, so that a run that is cut short has lost nothing.
+library; where the libraries lie beside the package (``python setup.py build_ext --inplace``) the CUDA kernels are
+tested too. What is measured is written after every case, so that a run that is cut short has lost nothing.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,9 +42,14 @@ TESTS = tuple(
     f"tests/ops/test_{name}.py"
     for name in (
         *("triton_kernels", "triton_operators", "triton_schedules", "triton_cuda"),
-        *("gate_kernels", "switch_kernels", "sliced_kernels", "similar_kernels"),
+        *("gate_kernels", "switch_kernels", "sliced_kernels", "similar_kernels", "cuda"),
     )
 )
+# Of these, launches of every kind that are small and soon compiled.
+_SANITIZED = "stable_sort or (within_budget and float32 and contiguous) or any_geometry or all_open_and_all_closed"
+_SANITIZER_SECONDS = 300
+_PROCESSES = "8"  # that compile kernels at the same time
+_ENDED = re.compile(r" in \d+\.\d+s")  # pytest's last line
 
 _AGREEMENT = 0.02  # between two results in bfloat16
 
@@ -100,13 +108,54 @@ def refuse(result: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 def run_tests(out: Path, small: bool) -> Iterator[list[Row]]:
-    """The tests of the Triton kernels on the device; the log is ``tests.log``."""
+    """The kernels' tests on the device, in several processes where pytest-xdist is; the log is ``tests.log``."""
     if small:
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    (out / "tests.log").write_text(done.stdout + done.stderr)
-    yield [Row("tests", {}, "pytest", [], note=(done.stdout.strip().splitlines() or ["no output"])[-1])]
+    parallel = ["-n", _PROCESSES] if importlib.util.find_spec("xdist") else []
+    yield [Row("tests", {}, "pytest", [], note=_pytest([*parallel, *TESTS], out / "tests.log"))]
+
+
+def run_sanitizer(out: Path, small: bool) -> Iterator[list[Row]]:
+    """Some of them under CUDA's compute-sanitizer, if it is here; the log is ``sanitizer.log``.
+
+    PyTorch's allocator hands out parts of large pieces of memory, within which no access is an error: it is left out.
+    """
+    if small:
+        return
+    program = shutil.which("compute-sanitizer")
+    note = "compute-sanitizer is not on the PATH"
+    if program is not None:
+        under = [program, "--tool", "memcheck", "--error-exitcode", "1"]
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        note = _pytest(["-k", _SANITIZED, *TESTS], out / "sanitizer.log", under, environment, _SANITIZER_SECONDS)
+        errors = [line for line in (out / "sanitizer.log").read_text().splitlines() if "ERROR SUMMARY" in line]
+        note = "; ".join([note, *errors])
+    yield [Row("sanitizer", {}, "pytest", [], note=note)]
+
+
+def _pytest(
+    words: Sequence[str],
+    log: Path,
+    under: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+) -> str:
+    """Run tests, and return the last line of what they say. Other versions' warnings are no errors here."""
+    command = [*under, sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *words]
+    with log.open("w") as file:
+        try:
+            subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **(environment or {})},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"stopped after {timeout} s"
+    return next((line for line in reversed(log.read_text().splitlines()) if _ENDED.search(line)), "no output")
 
 
 def run_ceilings(out: Path, small: bool) -> Iterator[list[Row]]:
@@ -174,6 +223,7 @@ def _blocks(
 _EVERY_SHAPE = tuple(case for case in BLOCKS if case.kept == 0.3 and case.masks == "independent")
 PARTS: dict[str, Callable[[Path, bool], Iterator[list[Row]]]] = {
     "tests": run_tests,
+    "sanitizer": run_sanitizer,
     "ceilings": run_ceilings,
     "cudnn": run_convolutions,
     "blocks": _blocks("blocks", BLOCKS, block_ways),

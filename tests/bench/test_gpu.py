@@ -88,6 +88,43 @@ def test_parts_write_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "written to" in capsys.readouterr().out
 
 
+@pytest.fixture
+def own_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two tests in the place of the kernels', one of which fails and the other warns."""
+    file = tmp_path / "test_own.py"
+    file.write_text(
+        "import os, warnings\n"
+        "def test_any_geometry():\n    warnings.warn('another version')\n"
+        "def test_wrong():\n    assert 'PYTORCH_NO_CUDA_MEMORY_CACHING' in os.environ\n"
+    )
+    monkeypatch.setattr(gpu, "TESTS", (str(file),))
+    monkeypatch.delenv("PYTORCH_NO_CUDA_MEMORY_CACHING", raising=False)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    return tmp_path
+
+
+def test_the_devices_tests_are_run_and_counted(own_tests: Path):
+    (rows,) = gpu.run_tests(own_tests, small=False)
+    assert rows[0].note.startswith("1 failed, 1 passed")
+    assert "assert 'PYTORCH_NO_CUDA_MEMORY_CACHING' in" in (own_tests / "tests.log").read_text()
+
+
+def test_the_sanitizer_sees_some_of_them(own_tests: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(own_tests))
+    (rows,) = gpu.run_sanitizer(own_tests, small=False)
+    assert rows[0].note == "compute-sanitizer is not on the PATH"
+    program = own_tests / "compute-sanitizer"
+    # Behind its own four words stands the command.
+    program.write_text('#!/bin/sh\nshift 4\n"$@"\necho "========= ERROR SUMMARY: 0 errors"\n')
+    program.chmod(0o755)
+    (rows,) = gpu.run_sanitizer(own_tests, small=False)
+    assert rows[0].note.startswith("1 passed, 1 deselected")
+    assert rows[0].note.endswith("========= ERROR SUMMARY: 0 errors")
+    monkeypatch.setattr(gpu, "_SANITIZER_SECONDS", 0.01)
+    (rows,) = gpu.run_sanitizer(own_tests, small=False)
+    assert rows[0].note == "stopped after 0.01 s"
+
+
 def test_tuning_is_kept_with_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Where it can be measured; here, why it cannot."""
     monkeypatch.setenv("GATEDKERNELS_CACHE", "elsewhere")
