@@ -2,24 +2,28 @@
 
 It needs that checkout and a python with PyTorch, Triton, rich and pytest: no network, no installation, no compiled
 library; where the libraries lie beside the package (``python setup.py build_ext --inplace``) the CUDA kernels are
-tested too. What is measured is written after every case, so that a run that is cut short has lost nothing.
+tested too. What is measured is written after every case, so that a run that is cut short has lost nothing; where a kernel
+takes the device from its process, a new one goes on with the next case.
 """
 
 import argparse
 import importlib.util
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from bench import gpu_checks
 from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SCHEDULED, SMALL_BATCHES, TUNED
 from bench.gpu_plot import plots
 from bench.gpu_slimmable import SLICED, SLIMMABLE, sliced_ways, slimmable_ways
@@ -38,19 +42,7 @@ from bench.results import Results
 from gatedkernels.reporting.machine import versions
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = tuple(
-    f"tests/ops/test_{name}.py"
-    for name in (
-        *("triton_kernels", "triton_operators", "triton_schedules", "triton_cuda"),
-        *("gate_kernels", "switch_kernels", "sliced_kernels", "similar_kernels", "cuda"),
-    )
-)
-# Of these, launches of every kind that are small and soon compiled.
-_SANITIZED = "stable_sort or (within_budget and float32 and contiguous) or any_geometry or all_open_and_all_closed"
-_SANITIZER_SECONDS = 300
-_PROCESSES = "8"  # that compile kernels at the same time
-_ENDED = re.compile(r" in \d+\.\d+s")  # pytest's last line
-
+_PROCESSES = 8  # that compile kernels at the same time
 _AGREEMENT = 0.02  # between two results in bfloat16
 
 
@@ -107,55 +99,12 @@ def refuse(result: torch.Tensor, exact: torch.Tensor) -> None:
         raise ValueError(f"result must agree with the first gated way's to {_AGREEMENT}, got an error of {error:.3g}")
 
 
-def run_tests(out: Path, small: bool) -> Iterator[list[Row]]:
-    """The kernels' tests on the device, in several processes where pytest-xdist is; the log is ``tests.log``."""
-    if small:
-        return
-    parallel = ["-n", _PROCESSES] if importlib.util.find_spec("xdist") else []
-    yield [Row("tests", {}, "pytest", [], note=_pytest([*parallel, *TESTS], out / "tests.log"))]
+def _checks(part: str, check: Callable[[Path], str]) -> Callable[[Path, bool], Iterator[list[Row]]]:
+    def run(out: Path, small: bool) -> Iterator[list[Row]]:
+        if not small:
+            yield [Row(part, {}, "pytest", [], note=check(out))]
 
-
-def run_sanitizer(out: Path, small: bool) -> Iterator[list[Row]]:
-    """Some of them under CUDA's compute-sanitizer, if it is here; the log is ``sanitizer.log``.
-
-    PyTorch's allocator hands out parts of large pieces of memory, within which no access is an error: it is left out.
-    """
-    if small:
-        return
-    program = shutil.which("compute-sanitizer")
-    note = "compute-sanitizer is not on the PATH"
-    if program is not None:
-        under = [program, "--tool", "memcheck", "--error-exitcode", "1"]
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        note = _pytest(["-k", _SANITIZED, *TESTS], out / "sanitizer.log", under, environment, _SANITIZER_SECONDS)
-        errors = [line for line in (out / "sanitizer.log").read_text().splitlines() if "ERROR SUMMARY" in line]
-        note = "; ".join([note, *errors])
-    yield [Row("sanitizer", {}, "pytest", [], note=note)]
-
-
-def _pytest(
-    words: Sequence[str],
-    log: Path,
-    under: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-    timeout: float | None = None,
-) -> str:
-    """Run tests, and return the last line of what they say. Other versions' warnings are no errors here."""
-    command = [*under, sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *words]
-    with log.open("w") as file:
-        try:
-            subprocess.run(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **(environment or {})},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return f"stopped after {timeout} s"
-    return next((line for line in reversed(log.read_text().splitlines()) if _ENDED.search(line)), "no output")
+    return run
 
 
 def run_ceilings(out: Path, small: bool) -> Iterator[list[Row]]:
@@ -209,44 +158,87 @@ def _forget_tiles() -> None:
         launch.forget()
 
 
-def _blocks(
-    part: str, cases: Sequence[Any], ways: Callable[..., Iterator[Way]], **options: bool
-) -> Callable[[Path, bool], Iterator[list[Row]]]:
-    def run(out: Path, small: bool) -> Iterator[list[Row]]:
-        for case in islice(cases, 1 if small else None):
-            chosen = case.small() if small else case
-            yield rows_of(part, chosen.facts(), ways(chosen, device(), **options))
+class Blocks(NamedTuple):
+    """A part that takes cases through all of their ways."""
 
-    return run
+    part: str
+    cases: Sequence[Any]
+    ways: Callable[..., Iterator[Way]]
+    compiled: bool = False
+
+    def __call__(self, out: Path, small: bool, first: int = 0) -> Iterator[list[Row]]:
+        """Rows of every case from the ``first`` on."""
+        options = {"compiled": True} if self.compiled else {}
+        for case in islice(self.cases, first, 1 if small else None):
+            chosen = case.small() if small else case
+            yield rows_of(self.part, chosen.facts(), self.ways(chosen, device(), **options))
 
 
 _EVERY_SHAPE = tuple(case for case in BLOCKS if case.kept == 0.3 and case.masks == "independent")
-PARTS: dict[str, Callable[[Path, bool], Iterator[list[Row]]]] = {
-    "tests": run_tests,
-    "sanitizer": run_sanitizer,
+_LARGE_NETWORKS = tuple(case for case in NETWORKS if (case.size, case.batch) == (224, 256))
+_OF_BLOCKS = (
+    Blocks("blocks", BLOCKS, block_ways),
+    Blocks("small", SMALL_BATCHES, block_ways),
+    Blocks("schedules", SCHEDULED, schedule_ways),
+    Blocks("backward", _EVERY_SHAPE, backward_ways),
+    Blocks("networks", NETWORKS, network_ways),
+    Blocks("sliced", SLICED, sliced_ways),
+    Blocks("slimmable", SLIMMABLE, slimmable_ways),
+)
+# Minutes of compilation, which nothing spreads.
+_LONG_BLOCKS = (
+    Blocks("compiled", _EVERY_SHAPE, block_ways, compiled=True),
+    Blocks("compiled-networks", _LARGE_NETWORKS, network_ways, compiled=True),
+)
+PARTS: dict[str, Callable[..., Iterator[list[Row]]]] = {
+    "tests": _checks("tests", gpu_checks.tests),
+    "sanitizer": _checks("sanitizer", gpu_checks.sanitizer),
     "ceilings": run_ceilings,
     "cudnn": run_convolutions,
-    "blocks": _blocks("blocks", BLOCKS, block_ways),
-    "small": _blocks("small", SMALL_BATCHES, block_ways),
-    "schedules": _blocks("schedules", SCHEDULED, schedule_ways),
-    "backward": _blocks("backward", _EVERY_SHAPE, backward_ways),
-    "networks": _blocks("networks", NETWORKS, network_ways),
-    "sliced": _blocks("sliced", SLICED, sliced_ways),
-    "slimmable": _blocks("slimmable", SLIMMABLE, slimmable_ways),
-    # Minutes of compilation.
+    **{blocks.part: blocks for blocks in _OF_BLOCKS},
     "tuning": run_tuning,
-    "compiled": _blocks("compiled", _EVERY_SHAPE, block_ways, compiled=True),
-    "compiled-networks": _blocks(
-        "compiled-networks", tuple(c for c in NETWORKS if (c.size, c.batch) == (224, 256)), network_ways, compiled=True
-    ),
+    **{blocks.part: blocks for blocks in _LONG_BLOCKS},
 }
+LONG = ("tuning", *(blocks.part for blocks in _LONG_BLOCKS))
 
-LONG = ("tuning", "compiled", "compiled-networks")
+
+def compile_ahead(parts: Sequence[str]) -> None:
+    """Call every gated way of these parts once, in several processes: Triton keeps what it compiles on disk."""
+    jobs = [(blocks.part, index) for blocks in _OF_BLOCKS if blocks.part in parts for index in range(len(blocks.cases))]
+    broken = suppress(BrokenProcessPool)  # by what breaks a process: the measurements will show it
+    with broken, ProcessPoolExecutor(_PROCESSES, mp_context=get_context("spawn")) as pool:
+        for _ in pool.map(call_once, *zip(*jobs, strict=True)):
+            pass
+
+
+def call_once(part: str, index: int) -> None:
+    """Call every gated way of one case once. What fails is reported where it is measured."""
+    blocks = next(blocks for blocks in _OF_BLOCKS if blocks.part == part)
+    with torch.no_grad(), suppress(Exception):
+        for way in blocks.ways(blocks.cases[index], device()):
+            with suppress(Exception):
+                _ = None if way.dense else way.calls[0]()
 
 
 def device() -> str:
     """Where it runs."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def is_lost() -> bool:
+    """Whether a kernel's illegal access has cost this process its device."""
+    try:
+        if device() == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def go_on(out: Path, parts: Sequence[str], first: int) -> int:
+    """Measure the rest in a new process, which has the device again."""
+    words = ["--out", str(out), "--first", str(first), *parts]
+    return subprocess.call([sys.executable, "-m", "bench.gpu", *words], cwd=ROOT) if parts else 0
 
 
 def about() -> dict[str, Any]:
@@ -281,6 +273,11 @@ def save(out: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
         os.replace(out / f"{name}.new", out / name)
 
 
+def stored(out: Path) -> list[Row]:
+    """Rows that an earlier process wrote."""
+    return [Row(**row) for row in json.loads((out / "results.json").read_text())["rows"]]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser("python -m bench.gpu", description=__doc__)
@@ -288,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, or all (without {' and '.join(LONG)})"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of results")
+    parser.add_argument("--first", type=int, metavar="N", help="go on with the results in FOLDER, at this case")
     parser.add_argument("--small", action="store_true", help="the first case of each part, tiny: to see that it works")
     options = parser.parse_args(arguments)
     everything = [name for name in PARTS if name not in LONG]
@@ -299,13 +297,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("needs a CUDA device; --small tries the script without one")
     torch.backends.cudnn.benchmark = True
     options.out.mkdir(parents=True, exist_ok=True)
-    head, rows = about(), []
+    head, rows = about(), [] if options.first is None else stored(options.out)
+    if not options.small and options.first is None and {blocks.part for blocks in _OF_BLOCKS} & set(parts):
+        compile_ahead(parts)
+    first = options.first or 0
     with torch.no_grad():
-        for part in parts:
-            for found in PARTS[part](options.out, options.small):
+        for position, part in enumerate(parts):
+            run = PARTS[part]
+            begun = {"first": first} if isinstance(run, Blocks) else {}
+            for count, found in enumerate(run(options.out, options.small, **begun), first + 1):
                 rows += found
                 save(options.out, head, rows)
                 print(table(found).split("\n", 2)[2], flush=True)
+                if is_lost():
+                    rest = (parts[position:], count) if begun else (parts[position + 1 :], 0)
+                    return go_on(options.out, *rest)
+            first = 0
     for path in plots(rows, options.out):
         print(f"written to {path}")
     print(f"written to {options.out}")

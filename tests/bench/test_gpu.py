@@ -1,6 +1,7 @@
 """The GPU benchmark where there is no GPU: its cases, its runner, its files."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -88,41 +89,30 @@ def test_parts_write_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "written to" in capsys.readouterr().out
 
 
-@pytest.fixture
-def own_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two tests in the place of the kernels', one of which fails and the other warns."""
-    file = tmp_path / "test_own.py"
-    file.write_text(
-        "import os, warnings\n"
-        "def test_any_geometry():\n    warnings.warn('another version')\n"
-        "def test_wrong():\n    assert 'PYTORCH_NO_CUDA_MEMORY_CACHING' in os.environ\n"
-    )
-    monkeypatch.setattr(gpu, "TESTS", (str(file),))
-    monkeypatch.delenv("PYTORCH_NO_CUDA_MEMORY_CACHING", raising=False)
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    return tmp_path
-
-
-def test_the_devices_tests_are_run_and_counted(own_tests: Path):
-    (rows,) = gpu.run_tests(own_tests, small=False)
-    assert rows[0].note.startswith("1 failed, 1 passed")
-    assert "assert 'PYTORCH_NO_CUDA_MEMORY_CACHING' in" in (own_tests / "tests.log").read_text()
-
-
-def test_the_sanitizer_sees_some_of_them(own_tests: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PATH", str(own_tests))
-    (rows,) = gpu.run_sanitizer(own_tests, small=False)
-    assert rows[0].note == "compute-sanitizer is not on the PATH"
-    program = own_tests / "compute-sanitizer"
-    # Behind its own four words stands the command.
-    program.write_text('#!/bin/sh\nshift 4\n"$@"\necho "========= ERROR SUMMARY: 0 errors"\n')
-    program.chmod(0o755)
-    (rows,) = gpu.run_sanitizer(own_tests, small=False)
-    assert rows[0].note.startswith("1 passed, 1 deselected")
-    assert rows[0].note.endswith("========= ERROR SUMMARY: 0 errors")
-    monkeypatch.setattr(gpu, "_SANITIZER_SECONDS", 0.01)
-    (rows,) = gpu.run_sanitizer(own_tests, small=False)
-    assert rows[0].note == "stopped after 0.01 s"
+def test_a_lost_device_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The rest is measured in a new process, behind what there is."""
+    ways = lambda case, place: iter([Way(f"way {case}", False, [lambda: None])])  # noqa: E731
+    cases = [gpu_cases.GpuBlock(size, 3, 2, 0.5, "independent", "float32") for size in (16, 32, 64)]
+    monkeypatch.setitem(gpu.PARTS, "blocks", gpu.Blocks("blocks", cases, ways))
+    monkeypatch.setitem(gpu.PARTS, "small", gpu.Blocks("small", cases[:1], ways))
+    monkeypatch.setattr(gpu, "compile_ahead", lambda parts: None)
+    monkeypatch.setattr(gpu, "device", lambda: "cuda")
+    monkeypatch.setattr(gpu, "about", dict)
+    monkeypatch.setattr(gpu, "plots", lambda rows, out: [])
+    states = iter([False, True, *[False] * 9])
+    monkeypatch.setattr(gpu, "is_lost", lambda: next(states))
+    started = []
+    monkeypatch.setattr(gpu.subprocess, "call", lambda command, cwd: started.append(command) or 0)
+    assert gpu.main(["blocks", "small", "--out", str(tmp_path)]) == 0
+    assert started == [
+        [gpu.sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), "--first", "2", "blocks", "small"]
+    ]
+    assert gpu.main(started[0][3:]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["part"], row["facts"]["channels"]) for row in rows] == [
+        ("blocks", 16), ("blocks", 32), ("blocks", 64), ("small", 16)
+    ]  # fmt: skip
+    assert len(started) == 1 and gpu.go_on(tmp_path, [], 0) == 0 and len(started) == 1
 
 
 def test_tuning_is_kept_with_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -135,6 +125,21 @@ def test_tuning_is_kept_with_the_results(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(tuning, "tune", lambda model, x: [tuning.Tuned("shape", ((16,), 1, 0), 0.5, 1.0, 9, 0)])
     (rows,) = gpu.run_tuning(tmp_path, small=True)
     assert [(row.ms, row.speedup) for row in rows] == [([0.5] * 3, 2.0)]
+
+
+def test_every_gated_way_is_called_once_ahead(monkeypatch: pytest.MonkeyPatch):
+    """Whatever fails; and dense ways are not."""
+    called = []
+
+    def ways(case: str, place: str):
+        for name, dense in (("dense", True), ("wrong", False), ("right", False)):
+            yield Way(name, dense, [lambda name=name: called.append((case, name)) or 1 / (name != "wrong")] * 2)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(gpu, "_OF_BLOCKS", (gpu.Blocks("small", ["a", "b"], ways), gpu.Blocks("blocks", ["c"], ways)))
+    monkeypatch.setattr(gpu, "ProcessPoolExecutor", lambda processes, mp_context: ThreadPoolExecutor(1))
+    gpu.compile_ahead(["small", "tests"])
+    assert called == [(case, way) for case in "ab" for way in ("wrong", "right")]
 
 
 def test_both_depths_run_dense_and_masked():

@@ -1,0 +1,70 @@
+"""The tests of the kernels on a device, and their accesses to memory under CUDA's compute-sanitizer."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = tuple(
+    f"tests/ops/test_{name}.py"
+    for name in (
+        *("triton_kernels", "triton_operators", "triton_schedules", "triton_cuda"),
+        *("gate_kernels", "switch_kernels", "sliced_kernels", "similar_kernels", "cuda"),
+    )
+)
+# Of these, launches of every kind that are small and soon compiled.
+_SANITIZED = "stable_sort or (within_budget and float32 and contiguous) or any_geometry or all_open_and_all_closed"
+_SANITIZER_SECONDS = 300
+_PROCESSES = "8"  # that compile kernels at the same time
+_ENDED = re.compile(r" in \d+\.\d+s")  # pytest's last line
+
+
+def tests(out: Path) -> str:
+    """Run them, in several processes where pytest-xdist is; the log is ``tests.log``, and its last line the result."""
+    parallel = ["-n", _PROCESSES] if importlib.util.find_spec("xdist") else []
+    return _pytest([*parallel, *TESTS], out / "tests.log")
+
+
+def sanitizer(out: Path) -> str:
+    """Run some of them under compute-sanitizer, if it is here; the log is ``sanitizer.log``.
+
+    PyTorch's allocator hands out parts of large pieces of memory, within which no access is an error: it is left out.
+    """
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return "compute-sanitizer is not on the PATH"
+    under = [program, "--tool", "memcheck", "--error-exitcode", "1"]
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    log = out / "sanitizer.log"
+    ended = _pytest(["-k", _SANITIZED, *TESTS], log, under, environment, _SANITIZER_SECONDS)
+    return "; ".join([ended, *(line for line in log.read_text().splitlines() if "ERROR SUMMARY" in line)])
+
+
+def _pytest(
+    words: Sequence[str],
+    log: Path,
+    under: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+) -> str:
+    """Run tests, and return the last line of what they say. Other versions' warnings are no errors here."""
+    command = [*under, sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *words]
+    with log.open("w") as file:
+        try:
+            subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **(environment or {})},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"stopped after {timeout} s"
+    return next((line for line in reversed(log.read_text().splitlines()) if _ENDED.search(line)), "no output")
