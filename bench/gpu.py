@@ -2,8 +2,8 @@
 
 It needs that checkout and a python with PyTorch, Triton, rich and pytest: no network, no installation, no compiled
 library; where the libraries lie beside the package (``python setup.py build_ext --inplace``) the CUDA kernels are
-tested too. What is measured is written after every case, so that a run that is cut short has lost nothing; where a kernel
-takes the device from its process, a new one goes on with the next case.
+tested too. What is measured is written after every case, so that a run that is cut short has lost nothing; where a
+kernel takes the device from its process, a new one goes on with the next case.
 """
 
 import argparse
