@@ -18,6 +18,8 @@ BATCHES = (1, 16)
 DENSITIES = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 # Images and what a ResNet begins with on them.
 IMAGES = ((32, "cifar"), (224, "imagenet"))
+# Of slimmable networks.
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
 # A call may take 3 % longer than the best dense way to the same result.
 NEVER_SLOWER = 1 / 1.03

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,14 +21,17 @@ TESTS = tuple(
 # Of these, launches of every kind that are small and soon compiled.
 _SANITIZED = "stable_sort or (within_budget and float32 and contiguous) or any_geometry or all_open_and_all_closed"
 _SANITIZER_SECONDS = 300
-_PROCESSES = "8"  # that compile kernels at the same time
 _ENDED = re.compile(r" in \d+\.\d+s")  # pytest's last line
 
 
 def tests(out: Path) -> str:
     """Run them, in several processes where pytest-xdist is; the log is ``tests.log``, and its last line the result."""
-    parallel = ["-n", _PROCESSES] if importlib.util.find_spec("xdist") else []
-    return _pytest([*parallel, *TESTS], out / "tests.log")
+    words = list(TESTS)
+    if importlib.util.find_spec("xdist"):  # a thousand kernels are to be compiled
+        words += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]
+    if importlib.util.find_spec("pytest_timeout"):
+        words += ["--timeout", "240"]
+    return _pytest(words, out / "tests.log")
 
 
 def sanitizer(out: Path) -> str:
@@ -55,16 +59,18 @@ def _pytest(
     """Run tests, and return the last line of what they say. Other versions' warnings are no errors here."""
     command = [*under, sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *words]
     with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            subprocess.run(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **(environment or {})},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=timeout,
-                check=False,
-            )
+            process.wait(timeout)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what it started, too
+            process.wait()
             return f"stopped after {timeout} s"
     return next((line for line in reversed(log.read_text().splitlines()) if _ENDED.search(line)), "no output")

@@ -10,10 +10,9 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn.functional import conv2d
 
 import gatedkernels as gk
-from bench.cases import IMAGES, SHAPES, _Case
+from bench.cases import IMAGES, SHAPES, WIDTHS, _Case
 from bench.gpu_time import sets_for
 from bench.gpu_trials import Way, randn
-from bench.slimmable import WIDTHS
 from gatedkernels.nn import make_divisible
 
 MIXED = "mixed"  # every sample has one of the widths, in turn

@@ -45,6 +45,11 @@ class Folded(NamedTuple):
         hidden = hidden if mask is None else select(hidden, mask[:, :, None, None])
         return conv2d(hidden, self.weight2, self.bias2, 1, 1).add_(residual).relu_()
 
+    def fused(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The dense block in cuDNN's convolutions that add biases and the residual themselves."""
+        hidden = fused_conv(x, self.weight1, self.bias1, self.stride)
+        return fused_conv(hidden, self.weight2, self.bias2, 1, residual)
+
     def gated(self, x: Tensor, residual: Tensor, mask: Tensor) -> Tensor:
         """The block from our kernels."""
         tensors = (self.weight1, self.bias1, self.weight2, self.bias2, mask)
@@ -59,6 +64,7 @@ def block_ways(case: GpuBlock, device: str, compiled: bool = False) -> Iterator[
     channels_last = block.weight2.contiguous(memory_format=torch.channels_last)
     native = block._replace(weight2=channels_last)
     yield Way("cudnn", True, [lambda x=x: native.dense(x, x) for x in x])
+    yield Way("cudnn, fused", True, [lambda x=x: native.fused(x, x) for x in x])
     if compiled:
         fast = torch.compile(lambda x: native.dense(x, x), mode="max-autotune-no-cudagraphs")
         yield Way("compiled", True, [lambda x=x: fast(x) for x in x])
@@ -146,8 +152,12 @@ def backward_ways(case: GpuBlock, device: str) -> Iterator[Way]:
     ones, every = (1, 1), (True, True, True)
     op = torch.ops.gatedkernels.gated_conv2d_backward.default
 
+    # Each reads the second filters as they lie.
+    native = block.weight2.contiguous(memory_format=torch.channels_last)
+
     def both(backend: str, x: Tensor, mask: Tensor) -> None:
-        op(x, x, block.weight2, mask, None, ones, ones, ones, 1, False, every, backend, 2.0)
+        weight2 = native if backend == "reference" else block.weight2
+        op(x, x, weight2, mask, None, ones, ones, ones, 1, False, every, backend, 2.0)
         op(x, x, block.weight1, None, mask, ones, ones, ones, 1, False, every, backend, 2.0)
 
     for backend in ("reference", "triton"):
@@ -156,12 +166,16 @@ def backward_ways(case: GpuBlock, device: str) -> Iterator[Way]:
 
 
 def network_ways(case: GpuNetwork, device: str, compiled: bool = False) -> Iterator[Way]:
-    """A folded ResNet with given masks against the dense one, by what cuDNN expects or found to be fastest."""
+    """A folded ResNet with given masks against the dense one.
+
+    PyTorch keeps one plan for a convolution, that of whoever asked first: with cuDNN's benchmark and without would be
+    the same twice in one process.
+    """
     dtype = getattr(torch, case.dtype)
     network = Network(case, device, dtype)
     images = [randn(case.batch, 3, case.size, case.size, device=device, dtype=dtype) for _ in range(2)]
-    yield Way("eager", True, [lambda x=x: expected_fastest(network, x) for x in images])
     yield Way("cudnn", True, [lambda x=x: network(x) for x in images])
+    yield Way("cudnn, fused", True, [lambda x=x: network(x, None, "fused") for x in images])
     if compiled:
         fast = torch.compile(network, mode="max-autotune-no-cudagraphs")
         yield Way("compiled", True, [lambda x=x: fast(x) for x in images])
@@ -169,15 +183,6 @@ def network_ways(case: GpuNetwork, device: str, compiled: bool = False) -> Itera
     for name in ("masked", "triton"):
         calls = [lambda x=x, m=m, name=name: network(x, m, name) for x, m in zip(images, draws, strict=True)]
         yield Way(name, False, calls)
-
-
-def expected_fastest(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A call without cuDNN's benchmark."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        return call(x)
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 class FoldedBottleneck(NamedTuple):
@@ -197,6 +202,12 @@ class FoldedBottleneck(NamedTuple):
             x = conv2d(x, weight, bias, self.stride if i else 1, i).relu_()
             x = x if masks is None else select(x, masks[i][:, :, None, None])
         return conv2d(x, *self.convs[2]).add_(residual).relu_()
+
+    def fused(self, x: Tensor, residual: Tensor) -> Tensor:
+        """In cuDNN's convolutions that add biases and the residual themselves."""
+        (weight1, bias1), (weight2, bias2), (weight3, bias3) = self.convs
+        x = fused_conv(fused_conv(x, weight1, bias1), weight2, bias2, self.stride)
+        return fused_conv(x, weight3, bias3, 1, residual)
 
     def gated(self, x: Tensor, residual: Tensor, masks: Sequence[Tensor]) -> Tensor:
         """From our kernels; what is open on both sides of the middle convolution is what it computes."""
@@ -236,7 +247,10 @@ class Network:
         x = self.pool(conv2d(x, *self.stem, self.stem_stride, self.stem_padding).relu_())
         for block, shortcut, mask in zip(self.blocks, self.shortcuts, masks, strict=True):
             residual = x if shortcut is None else conv2d(x, *shortcut, block.stride)
-            x = block.gated(x, residual, mask) if way == "triton" else block.dense(x, residual, mask)
+            if way == "fused":
+                x = block.fused(x, residual)
+            else:
+                x = block.gated(x, residual, mask) if way == "triton" else block.dense(x, residual, mask)
         return adaptive_avg_pool2d(x, 1).flatten(1)
 
     def draw(self, case: GpuNetwork, generator: torch.Generator, device: str) -> list[Any]:
@@ -249,6 +263,18 @@ class Network:
             one(len(block.weight1)) if isinstance(block, Folded) else [one(width) for width in block.widths]
             for block in self.blocks
         ]
+
+
+def fused_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, residual: Tensor | None = None) -> Tensor:
+    """A padded convolution with bias, residual and ReLU as one of cuDNN's; on a CPU in parts."""
+    padding = weight.shape[-1] // 2
+    if not x.is_cuda:
+        y = conv2d(x, weight, bias, stride, padding)
+        return (y if residual is None else y.add_(residual)).relu_()
+    geometry = ([stride] * 2, [padding] * 2, [1, 1], 1)
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
 
 
 def ceilings(device: str, small: bool = False) -> Iterator[tuple[str, float, str, Callable[[], object]]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
 import gatedkernels as gk
+from bench.cases import WIDTHS
 from gatedkernels.nn import make_divisible
 from gatedkernels.reporting.baselines import check_same
 from gatedkernels.reporting.timing import Ratio, interleave, time_call
@@ -25,7 +26,6 @@ from gatedkernels.training.recipes import build_method, make_config
 Call = Callable[[], Tensor]
 
 _DIM = {4: 1, 3: 2}  # of the channels: of images, and of tokens
-WIDTHS = (0.25, 0.5, 0.75, 1.0)
 # Batch, channels, side of the image, side of the window
 CONVS = [
     *((16, 64, 32, 3), (16, 128, 16, 3), (16, 256, 8, 3), (16, 512, 4, 3)),

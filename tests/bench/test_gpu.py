@@ -1,15 +1,17 @@
 """The GPU benchmark where there is no GPU: its cases, its runner, its files."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import gpu, gpu_cases, gpu_slimmable
 from bench.gpu_time import measure
-from bench.gpu_trials import Network, Way, expected_fastest, network_ways
+from bench.gpu_trials import Network, Way, network_ways
 from gatedkernels import tuning
 
 CASE = gpu_cases.GpuBlock(16, 3, 2, 0.5, "independent", "float32")
@@ -137,9 +139,9 @@ def test_every_gated_way_is_called_once_ahead(monkeypatch: pytest.MonkeyPatch):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(gpu, "_OF_BLOCKS", (gpu.Blocks("small", ["a", "b"], ways), gpu.Blocks("blocks", ["c"], ways)))
-    monkeypatch.setattr(gpu, "ProcessPoolExecutor", lambda processes, mp_context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(gpu, "get_context", lambda method: SimpleNamespace(Pool=lambda processes, *_: ThreadPool(1)))
     gpu.compile_ahead(["small", "tests"])
-    assert called == [(case, way) for case in "ab" for way in ("wrong", "right")]
+    assert sorted(called) == sorted((case, way) for case in "ab" for way in ("wrong", "right"))
 
 
 def test_both_depths_run_dense_and_masked():
@@ -151,15 +153,13 @@ def test_both_depths_run_dense_and_masked():
         torch.testing.assert_close(network(x, masks, "masked"), network(x))
 
 
-def test_eager_goes_without_cudnns_benchmark(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    case = gpu_cases.NETWORKS[0].small()
+@pytest.mark.parametrize("depth", [18, 50])
+def test_dense_ways_through_a_network_agree(depth: int):
+    case = replace(gpu_cases.NETWORKS[0].small(), depth=depth)
     ways = {way.name: way for way in network_ways(case, "cpu")}
-    assert ways.keys() >= {"eager", "cudnn", "masked", "triton"} and ways["eager"].dense and ways["cudnn"].dense
-    seen = []
-    assert expected_fastest(lambda x: seen.append(torch.backends.cudnn.benchmark) or x, torch.ones(1)) == 1
-    assert seen == [False] and torch.backends.cudnn.benchmark
-    torch.testing.assert_close(ways["eager"].calls[0](), ways["cudnn"].calls[0]())
+    assert ways.keys() == {"cudnn", "cudnn, fused", "masked", "triton"}
+    assert ways["cudnn"].dense and ways["cudnn, fused"].dense
+    torch.testing.assert_close(ways["cudnn, fused"].calls[0](), ways["cudnn"].calls[0]())
 
 
 @pytest.mark.parametrize("width", [0.5, gpu_slimmable.MIXED])

@@ -1,6 +1,6 @@
 """What the tests of the operations share: inputs of every layout, and the error budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -107,6 +107,18 @@ def compare() -> Callable[..., None]:
                 _assert_within_budget(a, e, *own, name=f"gradient {i}" if i else "forward", rounding=rounding)
 
     return _compare
+
+
+@pytest.fixture
+def exact_float32() -> Iterator[None]:
+    """On a GPU float32 numbers are not rounded to tf32, so that a wrong index cannot hide in the error budget."""
+    flags = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [flag.fp32_precision for flag in flags]
+    for flag in flags:
+        flag.fp32_precision = "ieee"
+    yield
+    for flag, old in zip(flags, before, strict=True):
+        flag.fp32_precision = old
 
 
 @pytest.fixture(scope="session")

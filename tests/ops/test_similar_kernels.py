@@ -14,6 +14,7 @@ from gatedkernels.ops.ragged.reference import Work, schedule_reference
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"),
+    pytest.mark.usefixtures("exact_float32"),
     *([] if INTERPRETED else [pytest.mark.gpu]),
 ]
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -14,6 +14,7 @@ import gatedkernels as gk
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"),
+    pytest.mark.usefixtures("exact_float32"),
     *([] if INTERPRETED else [pytest.mark.gpu]),
 ]
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -26,18 +27,6 @@ GEOMETRIES = [
     (2, 33, 5, 5, 8, 1, 1, 2, 0, 1),
     (2, 6, 9, 7, 8, 2, 3, (2, 3), (2, 0), (1, 2)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    """Products of float32 numbers are not rounded to tf32, so that a wrong channel cannot hide in the error budget."""
-    flags = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [flag.fp32_precision for flag in flags]
-    for flag in flags:
-        flag.fp32_precision = "ieee"
-    yield
-    for flag, old in zip(flags, before, strict=True):
-        flag.fp32_precision = old
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

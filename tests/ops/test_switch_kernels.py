@@ -13,16 +13,10 @@ from gatedkernels import calibration_gpu, policy
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"),
+    pytest.mark.usefixtures("exact_float32"),
     *([] if INTERPRETED else [pytest.mark.gpu]),
 ]
 DEVICE = "cpu" if INTERPRETED else "cuda"
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    torch.backends.cudnn.conv.fp32_precision, before = "ieee", torch.backends.cudnn.conv.fp32_precision
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def randn(*shape: int) -> Tensor:

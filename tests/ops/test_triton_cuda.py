@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gatedkernels as gk
-from gatedkernels import policy, thresholds
+from gatedkernels import calibration_gpu, policy, thresholds
 from gatedkernels.ops.channel_gate.reference import gate_logits
 from gatedkernels.ops.plan.reference import plan_reference
 
@@ -38,12 +38,15 @@ def run(tensors: list[Tensor], mask: Tensor, backend: str, stride: int = 1) -> T
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_blocks_and_their_gradients(gradients: Callable, shape: tuple[int, int], stride: int, dtype: torch.dtype):
     tensors = block(*shape, 6, dtype)
+    # Far from where the ReLUs switch: one sign that rounding decides outweighs all other errors of a gradient.
+    tensors[2] += 8
+    tensors[4] += 64
     for density in (0.0, 0.3, 1.0):
         mask = torch.rand(6, shape[0], device="cuda") < density
         own = gradients(lambda *t: run(list(t), mask, "triton", stride), tensors)  # noqa: B023
         wide = [t.double() for t in tensors]
         exact = gradients(lambda *t: run(list(t), mask, "reference", stride), wide, rounded_to=dtype)  # noqa: B023
-        tolerance = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]  # float32: with tf32
+        tolerance = {torch.float32: 3e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]  # float32: with tf32
         for one, other in zip(own, exact, strict=True):
             error, norm = float((one.double() - other).norm()), float(other.norm())
             assert error <= tolerance * norm, f"error {error:.3g} of {norm:.3g}"
@@ -173,6 +176,9 @@ def test_a_graph_switches_sides(operation: str):
 def test_a_measured_threshold_serves_without_synchronisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Calibration writes a table, "auto" reads it, and nothing is copied to the host."""
     monkeypatch.setenv(thresholds.FOLDER_VARIABLE, str(tmp_path))
+    # A few of the 144 cases that there are, each of which compiles its own kernels.
+    monkeypatch.setattr(calibration_gpu, "DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(calibration_gpu, "IMAGES", (8,))
     policy.forget()
     try:
         table = gk.calibrate(device="cuda", channels=(64,), pixels=(1024,), seconds=1e-3)
