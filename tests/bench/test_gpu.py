@@ -1,6 +1,8 @@
 """The GPU benchmark where there is no GPU: its cases, its runner, its files."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -194,3 +196,9 @@ def test_the_clock_counts_every_call(monkeypatch: pytest.MonkeyPatch):
     called = []
     assert measure([lambda: called.append(1)] * 4).median >= 0
     assert len(called) == 4
+
+
+def test_it_needs_nothing_that_trains_or_draws():
+    absent = ("lightning", "sklearn", "torchvision", "kornia", "matplotlib", "onnxruntime", "openvino")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import bench.gpu"
+    subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True)
