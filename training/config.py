@@ -12,7 +12,7 @@ DataName = Literal["digits", "cifar10", "imagefolder", "synthetic"]
 Measure = Literal["knn1", "knn1_folds", "linear", "linear_5_labels"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 Device = Literal["auto", "cpu", "cuda"]
-Place = Literal["workers", "device"]
+AugmentOn = Literal["workers", "device"]
 Stem = Literal["cifar", "imagenet"]
 BaseLoss = Literal["relative", "absolute", "keys", "queue", "similarities"]
 Distillation = Literal["relative", "absolute", "keys", "none"]
@@ -35,9 +35,9 @@ class RunConfig:
     ] = None
     blur: Annotated[float, "Probability of a Gaussian blur, with the augmentation for photos."] = 0.0
     augment_on: Annotated[
-        Place,
+        AugmentOn,
         "Where views are made: by the workers, an image at a time, or on the device, a batch at a time, of images of "
-        "one size that fit into its memory; the views differ in detail.",
+        "one size, at most twice the views', that all fit into its memory.",
     ] = "workers"
 
     width: Annotated[
@@ -58,7 +58,7 @@ class RunConfig:
     seed: Annotated[int, "Decides the weights, the order of the images, their views and whatever else is drawn."] = 0
     precision: Annotated[Precision, "Number format of the forward and backward passes."] = "32"
     device: Annotated[Device, "Where to train."] = "auto"
-    workers: Annotated[int, "Processes that prepare images; the results do not depend on it."] = 0
+    workers: Annotated[int, "Processes that make views, unless the device does; the results do not depend on it."] = 0
 
     def __post_init__(self) -> None:
         """Check every value.

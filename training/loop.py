@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from gatedkernels import policy
 from gatedkernels.training.augment import VIEWS, EpochSampler, LabelledViews, Views
-from gatedkernels.training.batch_views import BATCH_VIEWS, BatchViews
 from gatedkernels.training.config import Device, RunConfig, USNetConfig
 from gatedkernels.training.data import Data
 from gatedkernels.training.errors import DataError, RunError, TrainingError
@@ -129,23 +128,15 @@ def view_loader(data: Data, config: RunConfig) -> Iterable[tuple[Tensor, ...]]:
     """Load pairs of views, or views and labels, in an order and with augmentations that depend on the seed alone.
 
     Raises:
-        DataError: If there are fewer images than a batch holds, or they are of several sizes where batches are
-            augmented.
+        DataError: If there are fewer images than a batch holds; if whole batches are to be augmented, of images that
+            are large, of several sizes, or too many for the device.
     """
     if len(data.train) < config.batch_size:
         raise DataError(f"batch_size must be at most the {len(data.train)} training images, got {config.batch_size}")
     options = {"blur": config.blur} if config.views == "photos" else {}
     labelled = isinstance(config, USNetConfig)
     if config.augment_on == "device":
-        return BatchViews(
-            data.train,
-            BATCH_VIEWS[config.views](config.image_size, data.mean, data.std, **options),
-            1 if labelled else 2,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            device=place_of(config.device),
-            labelled=labelled,
-        )
+        return _batch_views(data, config, labelled, options)
     view = VIEWS[config.views](config.image_size, data.mean, data.std, **options)
     views = LabelledViews(data.train, (view,), config.seed) if labelled else Views(data.train, (view,) * 2, config.seed)
     return DataLoader(
@@ -156,6 +147,27 @@ def view_loader(data: Data, config: RunConfig) -> Iterable[tuple[Tensor, ...]]:
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
         pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _batch_views(
+    data: Data, config: RunConfig, labelled: bool, options: Mapping[str, float]
+) -> Iterable[tuple[Tensor, ...]]:
+    from gatedkernels.training.batch_views import BATCH_VIEWS, LARGEST_IMAGE, BatchViews  # a second of kornia's
+
+    side, most = max(data.train[0].shape[1:]), LARGEST_IMAGE * config.image_size
+    if side > most:
+        raise DataError(f"augment_on must be workers for images of more than {most} pixels a side, got {side}")
+    if config.workers:
+        warnings.warn(f"workers={config.workers} do nothing where augment_on is device", stacklevel=2)
+    return BatchViews(
+        data.train,
+        BATCH_VIEWS[config.views](config.image_size, data.mean, data.std, **options),
+        1 if labelled else 2,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=place_of(config.device),
+        labelled=labelled,
     )
 
 
@@ -204,7 +216,7 @@ class _Progress(RichProgressBar):
 def _trainer(config: RunConfig, folder: RunFolder, steps: int, progress: bool) -> pl.Trainer:
     """Build the Lightning trainer of a run that has taken ``steps`` steps."""
     return pl.Trainer(
-        accelerator="gpu" if config.device == "cuda" else config.device,
+        accelerator="gpu" if place_of(config.device).type == "cuda" else "cpu",
         devices=1,
         precision=config.precision,
         max_epochs=config.epochs,
