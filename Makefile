@@ -73,8 +73,10 @@ PARTS ?= all
 bench-gpu:
 	$(PYTHON) -m bench.gpu --out $(OUT) $(PARTS)
 
+TRAINING_OUT ?= build/gpu-training
+SECONDS ?= 1800
 bench-gpu-training:
-	$(PYTHON) -m bench.gpu_training --out $(OUT) --data-dir $(DATA_DIR)
+	$(PYTHON) -m bench.gpu_training --out $(TRAINING_OUT) --data-dir $(DATA_DIR) --seconds $(SECONDS) $(OPTIONS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info gatedkernels/*.so

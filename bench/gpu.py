@@ -42,7 +42,7 @@ from gatedkernels.reporting.machine import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 _PROCESSES = max(1, (os.cpu_count() or 1) - 2)  # that compile kernels at the same time
-_COMPILE_SECONDS = 180
+_COMPILE_SECONDS = 180  # several times what it should take, in case that a process comes to nothing
 _AGREEMENT = 0.02  # between two results in bfloat16
 
 
@@ -243,10 +243,10 @@ def is_lost() -> bool:
     return False
 
 
-def go_on(out: Path, parts: Sequence[str], first: int) -> int:
+def go_on(out: Path, parts: Sequence[str], first: int, small: bool) -> int:
     """Measure the rest in a new process, which has the device again."""
-    words = ["--out", str(out), "--first", str(first), *parts]
-    return subprocess.call([sys.executable, "-m", "bench.gpu", *words], cwd=ROOT) if parts else 0
+    words = ["--out", str(out.resolve()), "--first", str(first), *(["--small"] if small else []), *parts]
+    return subprocess.call([sys.executable, "-m", "bench.gpu", *words], cwd=ROOT)
 
 
 def about() -> dict[str, Any]:
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, or all (without {' and '.join(LONG)})"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of results")
-    parser.add_argument("--first", type=int, metavar="N", help="go on with the results in FOLDER, at this case")
+    parser.add_argument("--first", type=int, help=argparse.SUPPRESS)  # where `go_on` goes on, with the rows in --out
     parser.add_argument("--small", action="store_true", help="the first case of each part, tiny: to see that it works")
     options = parser.parse_args(arguments)
     everything = [name for name in PARTS if name not in LONG]
@@ -318,8 +318,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 save(options.out, head, rows)
                 print(table(found).split("\n", 2)[2], flush=True)
                 if is_lost():
-                    rest = (parts[position:], count) if begun else (parts[position + 1 :], 0)
-                    return go_on(options.out, *rest)
+                    if not begun:  # such a part cannot be taken up again
+                        rows.append(Row(part, {}, "the rest", [], note="the device was lost"))
+                        save(options.out, head, rows)
+                    rest, at = (parts[position:], count) if begun else (parts[position + 1 :], 0)
+                    return go_on(options.out, rest, at, options.small) if rest else 1
             first = 0
     for path in plots(rows, options.out):
         print(f"written to {path}")

@@ -20,7 +20,8 @@ TESTS = tuple(
 )
 # Of these, launches of every kind that are small and soon compiled.
 _SANITIZED = "stable_sort or (within_budget and float32 and contiguous) or any_geometry or all_open_and_all_closed"
-_SANITIZER_SECONDS = 300
+_SANITIZER_SECONDS = 300  # it slows kernels down by any factor: what there was time for is worth having
+_TEST_SECONDS = "240"  # one that compiles a hundred kernels takes one or two minutes
 _ENDED = re.compile(r" in \d+\.\d+s")  # pytest's last line
 
 
@@ -30,7 +31,7 @@ def tests(out: Path) -> str:
     if importlib.util.find_spec("xdist"):  # a thousand kernels are to be compiled
         words += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]
     if importlib.util.find_spec("pytest_timeout"):
-        words += ["--timeout", "240"]
+        words += ["--timeout", _TEST_SECONDS]
     return _pytest(words, out / "tests.log")
 
 
@@ -69,8 +70,12 @@ def _pytest(
         )
         try:
             process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # what it started, too
+        except BaseException as stop:
+            os.killpg(process.pid, signal.SIGKILL)  # what it started, too, which would keep the device
             process.wait()
+            if not isinstance(stop, subprocess.TimeoutExpired):
+                raise
             return f"stopped after {timeout} s"
-    return next((line for line in reversed(log.read_text().splitlines()) if _ENDED.search(line)), "no output")
+    lines = log.read_text().splitlines()
+    ended = f"exit status {process.returncode}: {lines[-1] if lines else 'no output'}"
+    return next((line for line in reversed(lines) if _ENDED.search(line)), ended)

@@ -33,7 +33,7 @@ def fastest(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], Point]:
     """The fastest of our ways through every case that was measured beside a dense one, by part and facts."""
     points: dict[tuple[Any, ...], Point] = {}
     for row in rows:
-        if row["speedup"] and not row["way"].startswith(_OTHERS):
+        if row["speedup"] and row["part"] != "tuning" and not row["way"].startswith(_OTHERS):
             key = (row["part"], *row["facts"].values())
             ms = row["ms"][0]
             if key not in points or ms < points[key].ours:

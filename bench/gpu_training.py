@@ -1,6 +1,6 @@
 """Two runs side by side on one GPU, VICReg-Dual-Gating and VICReg, for as many epochs as there is time for.
 
-``python -m bench.gpu_training --data-dir DIR --seconds 570 [--out FOLDER]``, from the root of a checkout, where DIR
+``python -m bench.gpu_training --data-dir DIR --seconds SECONDS [--out FOLDER]``, from the root of a checkout, where DIR
 holds ``train/<class>/*`` and ``test/<class>/*``. It needs what trains (`pip install gatedkernels[train]`), and no
 compiled library. Words behind ``--`` are options of both runs.
 """
@@ -18,8 +18,7 @@ from bench.gpu import ROOT, about
 from gatedkernels.training.run_folder import RunFolder, write_json
 
 # The paper's schedule, but that the bound is released in proportion to a shorter run, and that so short a run comes to
-# its budget by a larger weight of the sparsity loss alone. float32, as published: with bfloat16 a run of few steps a
-# warm-up diverged.
+# its budget by a larger weight of the sparsity loss alone.
 _PUBLISHED_EPOCHS, _WARMUP, _BOUND_DECAY = 500, 10, 0.02
 _OPTIONS = ("--data", "imagefolder", "--budget", "0.3", "--sparsity-weight", "50", "--augment-on", "device")
 # To see how long an epoch takes; without a warm-up to speak of it must not learn.
@@ -47,11 +46,18 @@ def side_by_side(calls: dict[str, list[str]], out: Path) -> None:
         RuntimeError: If one fails.
     """
     program = [sys.executable, "-c", "from gatedkernels.cli import main; main()"]
-    running = {}
-    for name, words in calls.items():
-        with (out / f"{name}.log").open("a") as log:
-            running[name] = subprocess.Popen([*program, *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    failed = [name for name, process in running.items() if process.wait()]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, words in calls.items():
+            with (out / f"{name}.log").open("a") as log:
+                running[name] = subprocess.Popen([*program, *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        while None in (states := [process.poll() for process in running.values()]) and not any(states):
+            time.sleep(0.1)
+        failed = [name for name, process in running.items() if process.poll()]
+    finally:
+        for process in running.values():
+            process.kill()  # the other one, where one failed
+            process.wait()
     if failed:
         tail = (out / f"{failed[0]}.log").read_text()[-2000:]
         raise RuntimeError(f"{failed[0]} failed: {tail}")
@@ -65,10 +71,17 @@ def train(data_dir: Path, out: Path, epochs: int, options: Sequence[str]) -> dic
     return folders
 
 
-def affordable(folders: dict[str, Path], seconds: float) -> int:
-    """Epochs that two runs like these take in so much time, by the slower one."""
-    each = max(run["seconds"] / run["epochs"] for run in (RunFolder(path).read_progress() for path in folders.values()))
-    return int(seconds / each)
+def affordable(folders: dict[str, Path], seconds: float, taken: float) -> int:
+    """Epochs that two runs like these take in so much time, by the slower one.
+
+    Args:
+        folders: Of the runs.
+        seconds: What there is, the new runs' start and the loading of images included.
+        taken: Seconds that these took, both included.
+    """
+    runs = [RunFolder(path).read_progress() for path in folders.values()]
+    training = max(run["seconds"] for run in runs)
+    return int((seconds - (taken - training)) / (training / runs[0]["epochs"]))
 
 
 def evaluated(folders: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -98,26 +111,31 @@ def main(arguments: Sequence[str] | None = None, clock: Callable[[], float] = ti
     start = clock()
     parser = argparse.ArgumentParser("python -m bench.gpu_training", description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of train/<class>/* and test/<class>/*")
-    parser.add_argument("--seconds", type=float, default=570, help="for everything; decides the number of epochs")
-    parser.add_argument("--evaluation", type=float, default=240, help="seconds of these to leave for the evaluation")
+    parser.add_argument("--seconds", type=float, default=1800, help="for everything; decides the number of epochs")
+    parser.add_argument("--evaluation-seconds", type=float, default=240, help="of these, those to leave for evaluating")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-training", help="folder of results and runs")
     parser.add_argument("options", nargs="*", help="options of `gatedkernels train` for both runs, behind --")
     chosen = parser.parse_args(arguments)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    data_dir = chosen.data_dir.resolve()
-    trial = train(data_dir, chosen.out, _TRIAL_EPOCHS, [*chosen.options, *_TRIAL_RATE])
-    left = chosen.seconds - chosen.evaluation - (clock() - start)
-    epochs = max(_TRIAL_EPOCHS + 1, affordable(trial, left))
+    data_dir, out = chosen.data_dir.resolve(), chosen.out.resolve()
+    if out.exists():
+        parser.error(f"--out must be a new folder, {out} exists")
+    out.mkdir(parents=True)
+    trial = train(data_dir, out, _TRIAL_EPOCHS, [*chosen.options, *_TRIAL_RATE])
+    taken = clock() - start
+    epochs = affordable(trial, chosen.seconds - chosen.evaluation_seconds - taken, taken)
+    if epochs <= _TRIAL_EPOCHS:
+        print(f"--seconds {chosen.seconds:g} are too few; training for {_TRIAL_EPOCHS + 1} epochs all the same")
+    epochs = max(_TRIAL_EPOCHS + 1, epochs)
     print(f"{epochs} epochs", flush=True)
-    folders = train(data_dir, chosen.out, epochs, chosen.options)
+    folders = train(data_dir, out, epochs, chosen.options)
     typed = {
         name: " ".join(["gatedkernels", *words])
         for name, words in commands(Path("DIR"), epochs, chosen.options).items()
     }
-    runs = evaluated(folders, chosen.out)
-    write_json(chosen.out / "training.json", {**about(), "commands": typed, "runs": runs})
+    runs = evaluated(folders, out)
+    write_json(out / "training.json", {**about(), "commands": typed, "runs": runs})
     print(table(runs))
-    print(f"written to {chosen.out}")
+    print(f"written to {out}")
     return 0
 
 

@@ -116,7 +116,17 @@ def test_a_lost_device_costs_one_case(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [(row["part"], row["facts"]["channels"]) for row in rows] == [
         ("blocks", 16), ("blocks", 32), ("blocks", 64), ("small", 16)
     ]  # fmt: skip
-    assert len(started) == 1 and gpu.go_on(tmp_path, [], 0) == 0 and len(started) == 1
+    assert len(started) == 1
+
+
+def test_a_part_that_cannot_be_taken_up_again_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu, "is_lost", lambda: True)
+    started = []
+    monkeypatch.setattr(gpu.subprocess, "call", lambda command, cwd: started.append(command) or 0)
+    assert gpu.main(["ceilings", "cudnn", "--small", "--out", str(tmp_path)]) == 0
+    assert started[0][3:] == ["--out", str(tmp_path), "--first", "0", "--small", "cudnn"]
+    assert [row.way for row in gpu.stored(tmp_path)] == ["copy, memory", "the rest"]
+    assert gpu.main(["cudnn", "--small", "--out", str(tmp_path)]) == 1 and len(started) == 1
 
 
 def test_tuning_is_kept_with_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -199,6 +209,6 @@ def test_the_clock_counts_every_call(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_it_needs_nothing_that_trains_or_draws():
-    absent = ("lightning", "sklearn", "torchvision", "kornia", "matplotlib", "onnxruntime", "openvino")
+    absent = ("lightning", "sklearn", "torchvision", "torchmetrics", "safetensors", "kornia", "PIL", "matplotlib")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import bench.gpu"
     subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True)

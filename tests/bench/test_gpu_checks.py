@@ -27,6 +27,11 @@ def test_the_devices_tests_are_run_and_counted(own_tests: Path):
     assert "assert 'PYTORCH_NO_CUDA_MEMORY_CACHING' in" in (own_tests / "tests.log").read_text()
 
 
+def test_what_kept_tests_from_running_is_said(own_tests: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_checks.sys, "executable", "/bin/false")
+    assert gpu_checks.tests(own_tests) == "exit status 1: no output"
+
+
 def test_the_sanitizer_sees_some_of_them(own_tests: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(own_tests))
     assert gpu_checks.sanitizer(own_tests) == "compute-sanitizer is not on the PATH"

@@ -2,7 +2,9 @@
 
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,10 +31,19 @@ def test_two_runs_and_what_became_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(gpu_training, "side_by_side", one_by_one)
-    monkeypatch.setattr(gpu_training, "affordable", lambda folders, seconds: 3 if 50 < seconds < 60 else 4)
+    monkeypatch.setattr(gpu_training, "affordable", lambda folders, *given: 3 if given == (55.0, 5.0) else 4)
     monkeypatch.setattr("gatedkernels.training.evaluation.linear.EPOCHS", 2)
     times = iter([0.0, 5.0])
-    options = ["--data-dir", str(tmp_path), "--seconds", "70", "--evaluation", "10", "--out", str(tmp_path / "out")]
+    options = [
+        "--data-dir",
+        str(tmp_path),
+        "--seconds",
+        "70",
+        "--evaluation-seconds",
+        "10",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert gpu_training.main([*options, "--", *TINY], clock=lambda: next(times)) == 0
     results = json.loads((tmp_path / "out" / "training.json").read_text())
     assert {"machine", "versions", "commit", "date", "commands", "runs"} == set(results)
@@ -48,7 +59,23 @@ def test_two_runs_and_what_became_of_them(
 def test_the_slower_run_decides_how_many_epochs_there_are(monkeypatch: pytest.MonkeyPatch):
     progress = {"a": {"seconds": 10.0, "epochs": 2.0}, "b": {"seconds": 8.0, "epochs": 2.0}}
     monkeypatch.setattr(gpu_training.RunFolder, "read_progress", lambda folder: progress[folder.path.name])
-    assert gpu_training.affordable({"one": Path("a"), "other": Path("b")}, 52.0) == 10
+    assert gpu_training.affordable({"one": Path("a"), "other": Path("b")}, 55.0, 13.0) == 10
+
+
+def test_results_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        gpu_training.main(["--data-dir", str(tmp_path), "--out", str(tmp_path)])
+    assert "--out must be a new folder" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_ends_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_training, "sys", SimpleNamespace(executable=str(tmp_path / "program")))
+    (tmp_path / "program").write_text('#!/bin/sh\ntest "$3" = fails && exit 3\nexec sleep 600\n')
+    (tmp_path / "program").chmod(0o755)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="wrong failed"):
+        gpu_training.side_by_side({"right": ["waits"], "wrong": ["fails"]}, tmp_path)
+    assert time.monotonic() - start < 60
 
 
 def test_a_run_that_fails_is_shown(tmp_path: Path):
