@@ -9,6 +9,7 @@ from gatedkernels._checks import check_choice, check_int, check_number, check_ty
 from gatedkernels.models._options import check_block, check_layers, check_network_input, start_convolutions
 from gatedkernels.models._registry import register_model
 from gatedkernels.nn import Branch, Gate, GatedBasicBlock, GatedBottleneck, check_branch, gate_key, run_blocks
+from gatedkernels.nn.masks import check_mask
 from gatedkernels.nn.packed_trunk import PackedTrunk
 
 Stem = Literal["imagenet", "cifar"]
@@ -136,6 +137,10 @@ class GatedResNet(nn.Module):
         if self.trunk and branch == self.default_branch and not (masks or return_gates) and self.trunk.takes(x):
             return self.fc(self.trunk(x))
         check_network_input(x, self.conv1)
+        for name, block in self.blocks().items() if masks else ():
+            for key, channels in zip(_keys(name, block), block.gated_channels(), strict=True):
+                if key in masks:
+                    check_mask(f"masks[{key!r}]", masks[key], x, channels, block.group)
         gates: dict[str, Gate] = {}
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         blocks = self.blocks()

@@ -54,6 +54,10 @@ class GatedResidual(nn.Module):
         names = ("conv1", "conv2", "conv3")
         return [getattr(self, name) for name in names if hasattr(self, name)]
 
+    def gated_channels(self) -> list[int]:
+        """List how many channels each gate decides about."""
+        return [conv.out_channels for conv in self.convs()[: len(self.gate_names)]]
+
     def _add_norms(self, *channels: int) -> None:
         for i, width in enumerate(channels, start=1):
             self.add_module(f"bn{i}", nn.BatchNorm2d(width))

@@ -63,6 +63,10 @@ class PackedResidual(Packed):
             conv, norm = block.downsample
             self.downsample = PackedConv2d(cast(nn.Conv2d, conv), norm, relu=False)
 
+    def gated_channels(self) -> list[int]:
+        """List how many channels each gate decides about."""
+        return [shape.out_channels for shape in self.shapes[: len(self.gate_names)]]
+
     def _check(self, x: Tensor, branch: str | None, masks: tuple[Tensor | None, ...]) -> None:
         if branch not in (None, self.branch):
             raise ValueError(f"branch must be {self.branch!r}, which this module was optimised for, got {branch!r}")

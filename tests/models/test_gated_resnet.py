@@ -220,5 +220,8 @@ def test_bad_inputs():
         model(x, masks={"layer1.0.gate": mask})
     with pytest.raises(ValueError, match='masks must be None in branch "dense"'):
         model(x, branch="dense", masks={"layer1.0": mask})
-    with pytest.raises(TypeError, match=r"mask must be a bool tensor, got torch\.float32"):
-        model(x, masks={"layer1.0": mask.float()})
+    for own in (model, gk.optimize(model.eval(), x)):
+        with pytest.raises(TypeError, match=r"masks\['layer1\.0'\] must be a bool tensor, got torch\.float32"):
+            own(x, masks={"layer1.0": mask.float()})
+        with pytest.raises(ValueError, match=r"masks\['layer1\.1'\] must have shape \(2, 8\), got \(2, 7\)"):
+            own(x, masks={"layer1.0": mask, "layer1.1": mask[:, 1:]})
