@@ -13,7 +13,11 @@ from gatedkernels._checks import check_int, check_number, check_sequence, check_
 from gatedkernels.ops._backends import ALWAYS
 from gatedkernels.reporting.timing import Timing, interleave, use_threads
 
-KERNELS = (("conv_out", 3), ("conv_in", 3), ("gated_block", 3), ("conv_out", 1), ("conv_in", 1))
+LINEAR = ("linear_out", "linear_in")
+KERNELS = (
+    *(("conv_out", 3), ("conv_in", 3), ("gated_block", 3), ("conv_out", 1), ("conv_in", 1)),
+    *((kernel, 1) for kernel in LINEAR),
+)
 CHANNELS = (64, 128, 256, 512)
 PIXELS = (16, 64, 256, 1024, 4096, 16384)
 
@@ -22,11 +26,15 @@ _NEVER = -1.0  # a threshold that every density exceeds
 _MARGIN = 0.98  # a kernel serves where it is faster by more than what a median errs
 _NEARLY_ALL = 0.99
 _REPEATS = 2  # with other memory, which decides much; the more careful threshold counts
+_SAMPLES = 16  # of a linear layer's calls
 _MOST_MACS = 1 << 32  # classes of larger images take the threshold of the next smaller one
 
 
+Call = Callable[[float, float], Callable[[], Tensor]]  # for a density of its mask, and a threshold
+
+
 class Case(NamedTuple):
-    """A class of calls."""
+    """A class of calls. A linear layer has, in the place of a batch's pixels, tokens of one sample, and one layout."""
 
     kernel: str
     side: int
@@ -34,16 +42,26 @@ class Case(NamedTuple):
     pixels: int
     channels_last: bool
 
+    @property
+    def multiply_adds(self) -> int:
+        """Of the dense way."""
+        return self.channels**2 * self.side**2 * self.pixels * (_SAMPLES if self.kernel in LINEAR else 1)
+
+    def weight(self) -> Tensor:
+        """Of its form."""
+        form = () if self.kernel in LINEAR else (self.side, self.side)
+        return torch.empty(self.channels, self.channels, *form)
+
 
 def cases(channels: Sequence[int] = CHANNELS, pixels: Sequence[int] = PIXELS) -> list[Case]:
     """The classes to measure, but for those that take very long."""
     return [
-        Case(kernel, side, c, p, channels_last)
+        case
         for kernel, side in KERNELS
         for c in channels
         for p in pixels
-        for channels_last in (True, False)
-        if c * c * side * side * p <= _MOST_MACS
+        for channels_last in ((True,) if kernel in LINEAR else (True, False))
+        if (case := Case(kernel, side, c, p, channels_last)).multiply_adds <= _MOST_MACS
     ]
 
 
@@ -66,7 +84,8 @@ def calibrate(
 
     Args:
         channels: Input and output channels of the layers, positive; None: 64 to 512.
-        pixels: Output pixels of a whole batch, positive; None: 16 to 16384 on a CPU, 1024 to 262144 on a GPU.
+        pixels: Output pixels of a whole batch, positive, and on a CPU tokens of each sample of a linear layer; None: 16
+            to 16384 on a CPU, 1024 to 262144 on a GPU.
         threads: Threads to measure with, and to measure for, on a CPU; None: PyTorch's setting.
         seconds: How long to measure each class, about; there are some two hundred on a CPU, two thousand on a GPU.
         device: A CPU or a CUDA device: whose kernels.
@@ -131,13 +150,14 @@ def _calibrate_cpu(
     table: thresholds.Table = {}
     for case in cases(channels or CHANNELS, pixels or PIXELS):
         density = min(_measure(case, seconds / _REPEATS) for _ in range(_REPEATS))
-        weight = torch.empty(case.channels, case.channels, case.side, case.side)
+        weight = case.weight()
         kind = thresholds.kind(case.kernel, weight, case.channels_last)
         row = table.setdefault(kind, {}).setdefault(thresholds.channel_class(weight), {})
         row[thresholds.pixel_class(case.pixels)] = density
         thresholds.save(table, threads)  # what is measured stays, however it ends
         if progress:
-            progress(f"{kind}, {case.channels} channels, {case.pixels} pixels: {density:.2f}")
+            what = "tokens" if case.kernel in LINEAR else "pixels"
+            progress(f"{kind}, {case.channels} channels, {case.pixels} {what}: {density:.2f}")
     return table
 
 
@@ -190,6 +210,26 @@ def _measure(case: Case, seconds: float) -> float:
 
 def _calls(case: Case) -> dict[str, Callable[[], Tensor]]:
     """The dense way, twice, and the kernel at every density."""
+    call = _linear(case) if case.kernel in LINEAR else _convolution(case)
+    calls = {f"{density}": call(density, ALWAYS) for density in _DENSITIES}
+    return {"dense": call(0.5, _NEVER), "dense, all open": call(1.0, _NEVER), **calls}
+
+
+def _linear(case: Case) -> Call:
+    c = case.channels
+    x, weight, bias = torch.randn(_SAMPLES, case.pixels, c), torch.randn(c, c) / c**0.5, torch.randn(c)
+    ranks = torch.rand(_SAMPLES, c).argsort(1)
+    operator = torch.ops.gatedkernels.gated_linear.default
+
+    def call(density: float, threshold: float) -> Callable[[], Tensor]:
+        mask = ranks < round(density * c)
+        masks = (mask, None) if case.kernel == "linear_in" else (None, mask)
+        return lambda: operator(x, weight, bias, *masks, False, "cpu", threshold)
+
+    return call
+
+
+def _convolution(case: Case) -> Call:
     c, size = case.channels, min(max(2048 // case.channels, 4), math.isqrt(case.pixels))
     x = torch.randn(max(case.pixels // size**2, 1), c, size, size)
     if case.channels_last:
@@ -205,5 +245,4 @@ def _calls(case: Case) -> dict[str, Callable[[], Tensor]]:
         masks = (mask, None) if case.kernel == "conv_in" else (None, mask)
         return lambda: operators.gated_conv2d_cpu.default(x, weight, bias, *masks, threshold)
 
-    calls = {f"{density}": call(density, ALWAYS) for density in _DENSITIES}
-    return {"dense": call(0.5, _NEVER), "dense, all open": call(1.0, _NEVER), **calls}
+    return call

@@ -273,21 +273,28 @@ def linear_problem(x: Tensor) -> str | None:
     return None
 
 
-def choose_linear(x: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) -> Choice:
+def choose_linear(x: Tensor, weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None) -> Choice:
     """The backend for a linear layer with these masks; looks at shapes, dtypes and devices, never at values."""
     if linear_problem(x) is not None:
         return Choice("dense", 1.0)
     shared = x.ndim > 2 and all(mask is None or mask.ndim < x.ndim for mask in (in_mask, out_mask))
+    table: thresholds.Table = {}
     if torch.compiler.is_compiling() or not all(isinstance(size, int) for size in x.shape):
         tokens, rows = 1 << 20 if shared else 1, 1 << 20  # one graph for all sizes: take them for large ones
     else:
         tokens = math.prod(x.shape[1:-1]) if shared else 1
         rows = math.prod(x.shape[:-1])
+        table = measured(torch.get_num_threads())
     both = in_mask is not None and out_mask is not None
     few = tokens <= LINEAR_FEW
     threshold = next(density for most, density in LINEAR_THRESHOLDS if tokens <= most)
     if rows < LINEAR_LEAST or threshold == 0 or (both and few):
         return Choice("dense", 1.0)
+    if table and rows > LINEAR_ONE_SAMPLE and not both:  # measured with several samples, each with its mask
+        kind = thresholds.kind("linear_in" if out_mask is None else "linear_out", weight, channels_last=True)
+        known = thresholds.find(table, kind, thresholds.channel_class(weight), thresholds.pixel_class(tokens))
+        if known is not None:
+            return Choice("cpu", known)
     if not few and (out_mask is None or rows <= LINEAR_ONE_SAMPLE):
         return Choice("cpu", 1.0)
     if out_mask is None and rows < LINEAR_LEAST_PACKED:

@@ -60,8 +60,10 @@ def gpu_kind(kernel: str, weight: Tensor, rounded: bool, image: int) -> str:
 
 
 def kind(kernel: str, weight: Tensor, channels_last: bool) -> str:
-    """What is looked up first: what is computed, and how the images lie."""
+    """What is looked up first: what is computed, and how the images lie; tokens lie in one way."""
     side, dtype = weight.shape[-1], str(weight.dtype).removeprefix("torch.")
+    if weight.ndim == 2:
+        return f"{kernel} {dtype}"
     return f"{kernel} {side}x{side} {dtype} {'channels-last' if channels_last else 'converted'}"
 
 

@@ -47,7 +47,8 @@ def test_cases_leave_out_what_takes_long():
 def test_calibrate(folder: Path):
     lines: list[str] = []
     table = gk.calibrate(channels=(8,), pixels=(16, 64), threads=1, seconds=1e-3, progress=lines.append)
-    assert len(lines) == 2 * 2 * len(calibration.KERNELS)
+    layouts = [1 if kernel in calibration.LINEAR else 2 for kernel, _ in calibration.KERNELS]
+    assert len(lines) == 2 * sum(layouts)
     assert table.keys() == {line.partition(",")[0] for line in lines}
     assert all(0 <= density <= 1 for rows in table.values() for row in rows.values() for density in row.values())
     assert thresholds.load(1) == table
@@ -59,6 +60,21 @@ def test_calibrate(folder: Path):
     finally:
         torch.set_num_threads(before)
     assert choice == ("cpu", table["conv_out 3x3 float32 converted"][8][64])
+
+
+@needs_cpu
+def test_measured_linear_layers_serve_where_they_were_measured():
+    """With several samples, each with a mask; few tokens, all masks at once and single samples go as shipped."""
+    masks = torch.ones(32, 8, dtype=torch.bool)
+    x, weight = torch.empty(32, 20, 8), torch.empty(8, 8)
+    shipped = [policy.choose_linear(own, weight, None, masks[: len(own)]) for own in (x, x[:1])]
+    thresholds.save({"linear_out float32": {8: {16: 0.25}}}, torch.get_num_threads())
+    policy.forget()
+    assert policy.choose_linear(x, weight, None, masks) == ("cpu", 0.25) != shipped[0]
+    assert policy.choose_linear(x, weight, masks, None) != ("cpu", 0.25)
+    assert policy.choose_linear(x[:, :3], weight, None, masks) != ("cpu", 0.25)
+    assert policy.choose_linear(x[:1], weight, None, masks[:1]) == shipped[1]
+    assert policy.choose_linear(x, weight, masks, masks).threshold != 0.25
 
 
 @needs_cpu

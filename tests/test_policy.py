@@ -193,7 +193,8 @@ def test_what_is_measured_with_its_backward_serves_any_density_or_none(measured_
 def choose_linear(shape: tuple[int, ...], masks: str, by_token: bool = False, **change: Any) -> policy.Choice:
     x = torch.empty(*shape, dtype=change.get("dtype", torch.float32), device=change.get("device", "cpu"))
     mask = torch.empty(shape if by_token else (shape[0], shape[-1]), dtype=torch.bool)
-    return policy.choose_linear(x, mask if "in" in masks else None, mask if "out" in masks else None)
+    weight = torch.empty(16, shape[-1])
+    return policy.choose_linear(x, weight, mask if "in" in masks else None, mask if "out" in masks else None)
 
 
 @needs_cpu

@@ -274,7 +274,7 @@ def gated_linear(
         if recorded and dense_input_grad:  # measured without
             served, threshold = "dense", ALWAYS
     elif backend == "auto":
-        served, threshold = policy.choose_linear(x, in_mask, out_mask)
+        served, threshold = policy.choose_linear(x, weight, in_mask, out_mask)
     else:
         require(backend, LAUNCHERS, x)
         served, threshold = backend, ALWAYS
