@@ -24,6 +24,7 @@ import torch
 
 from bench import gpu_checks
 from bench.gpu_cases import BLOCKS, CONVOLUTIONS, NETWORKS, SCHEDULED, SMALL_BATCHES, TUNED
+from bench.gpu_checks import PROCESSES, ROOT
 from bench.gpu_plot import plots
 from bench.gpu_slimmable import SLICED, SLIMMABLE, sliced_ways, slimmable_ways
 from bench.gpu_time import measure
@@ -40,9 +41,7 @@ from bench.gpu_trials import (
 from bench.results import Results
 from gatedkernels.reporting.machine import versions
 
-ROOT = Path(__file__).resolve().parents[1]
-_PROCESSES = max(1, (os.cpu_count() or 1) - 2)  # that compile kernels at the same time
-_COMPILE_SECONDS = 180  # several times what it should take, in case that a process comes to nothing
+_COMPILE_SECONDS = 180  # then the measurements begin, whether or not all is compiled
 _AGREEMENT = 0.02  # between two results in bfloat16
 
 
@@ -101,31 +100,35 @@ def refuse(result: torch.Tensor, exact: torch.Tensor) -> None:
         raise ValueError(f"result must agree with the first gated way's to {_AGREEMENT}, got an error of {error:.3g}")
 
 
-def _checks(part: str, check: Callable[[Path], str]) -> Callable[[Path, bool], Iterator[list[Row]]]:
-    def run(out: Path, small: bool) -> Iterator[list[Row]]:
-        if not small:
+# A part: the folder of results, whether to be small, and the first case, in; the rows of each case out.
+Part = Callable[[Path, bool, int], Iterator[list[Row]]]
+
+
+def _checks(part: str, check: Callable[[Path], str]) -> Part:
+    def run(out: Path, small: bool, first: int) -> Iterator[list[Row]]:
+        if not small and not first:
             yield [Row(part, {}, "pytest", [], note=check(out))]
 
     return run
 
 
-def run_ceilings(out: Path, small: bool) -> Iterator[list[Row]]:
+def run_ceilings(out: Path, small: bool, first: int) -> Iterator[list[Row]]:
     """What the chip can do."""
-    for name, amount, unit, call in ceilings(device(), small):
+    for name, amount, unit, call in islice(ceilings(device(), small), first, None):
         row = rows_of("ceilings", {"what": name}, iter([Way(name, False, [call] * 4)]))[0]
         yield [row._replace(note=f"{1000 * amount / row.ms[0]:.4g} {unit}" if row.ms else row.note)]
 
 
-def run_convolutions(out: Path, small: bool) -> Iterator[list[Row]]:
+def run_convolutions(out: Path, small: bool, first: int) -> Iterator[list[Row]]:
     """What cuDNN makes of the dense convolutions, as a part of what the chip can do."""
-    for case in islice(CONVOLUTIONS, 1 if small else None):
+    for case in islice(CONVOLUTIONS, first, 1 if small else None):
         chosen = case.small() if small else case
         rows = rows_of("cudnn", chosen.facts(), conv_ways(chosen, device()), agree=False)
         rates = (f"{2e-9 * chosen.multiply_adds / row.ms[0]:.4g} TFLOP/s" if row.ms else row.note for row in rows)
         yield [row._replace(note=rate) for row, rate in zip(rows, rates, strict=True)]
 
 
-def run_tuning(out: Path, small: bool) -> Iterator[list[Row]]:
+def run_tuning(out: Path, small: bool, first: int) -> Iterator[list[Row]]:
     """What `gatedkernels.tune` finds for the blocks' convolutions; ``tiles.json`` holds it, for nobody else."""
     from gatedkernels.store import FOLDER_VARIABLE
     from gatedkernels.tuning import tune
@@ -133,7 +136,7 @@ def run_tuning(out: Path, small: bool) -> Iterator[list[Row]]:
     before = os.environ.get(FOLDER_VARIABLE)
     os.environ[FOLDER_VARIABLE] = str(out)
     try:
-        for case in islice(TUNED, 1 if small else None):
+        for case in islice(TUNED, first, 1 if small else None):
             chosen = case.small() if small else case
             try:
                 block = TunedBlock(chosen, device())
@@ -169,7 +172,7 @@ class Blocks(NamedTuple):
     compiled: bool = False
     agree: bool = True
 
-    def __call__(self, out: Path, small: bool, first: int = 0) -> Iterator[list[Row]]:
+    def __call__(self, out: Path, small: bool, first: int) -> Iterator[list[Row]]:
         """Rows of every case from the ``first`` on."""
         options = {"compiled": True} if self.compiled else {}
         for case in islice(self.cases, first, 1 if small else None):
@@ -194,7 +197,7 @@ _LONG_BLOCKS = (
     Blocks("compiled", _EVERY_SHAPE, block_ways, compiled=True),
     Blocks("compiled-networks", _LARGE_NETWORKS, network_ways, compiled=True),
 )
-PARTS: dict[str, Callable[..., Iterator[list[Row]]]] = {
+PARTS: dict[str, Part] = {
     "tests": _checks("tests", gpu_checks.tests),
     "ceilings": run_ceilings,
     "cudnn": run_convolutions,
@@ -213,7 +216,7 @@ def compile_ahead(parts: Sequence[str]) -> None:
     """
     jobs = [(blocks.part, index) for blocks in _OF_BLOCKS if blocks.part in parts for index in range(len(blocks.cases))]
     random.Random(0).shuffle(jobs)  # neighbours would compile the same at the same time
-    with get_context("spawn").Pool(_PROCESSES, torch.set_num_threads, (2,)) as pool:
+    with get_context("spawn").Pool(PROCESSES, torch.set_num_threads, (2,)) as pool:
         pool.starmap_async(call_once, jobs, chunksize=1).wait(_COMPILE_SECONDS)
 
 
@@ -311,18 +314,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = options.first or 0
     with torch.no_grad():
         for position, part in enumerate(parts):
-            run = PARTS[part]
-            begun = {"first": first} if isinstance(run, Blocks) else {}
-            for count, found in enumerate(run(options.out, options.small, **begun), first + 1):
+            for done, found in enumerate(PARTS[part](options.out, options.small, first), first + 1):
                 rows += found
                 save(options.out, head, rows)
                 print(table(found).split("\n", 2)[2], flush=True)
                 if is_lost():
-                    if not begun:  # such a part cannot be taken up again
-                        rows.append(Row(part, {}, "the rest", [], note="the device was lost"))
-                        save(options.out, head, rows)
-                    rest, at = (parts[position:], count) if begun else (parts[position + 1 :], 0)
-                    return go_on(options.out, rest, at, options.small) if rest else 1
+                    return go_on(options.out, parts[position:], done, options.small)
             first = 0
     for path in plots(rows, options.out):
         print(f"written to {path}")

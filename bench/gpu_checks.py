@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PROCESSES = max(1, (os.cpu_count() or 1) - 2)  # that compile kernels at the same time
 TESTS = tuple(
     f"tests/ops/test_{name}.py"
     for name in (
@@ -21,7 +22,7 @@ TESTS = tuple(
 # Of these, launches of every kind that are small and soon compiled.
 _SANITIZED = "stable_sort or (within_budget and float32 and contiguous) or any_geometry or all_open_and_all_closed"
 _SANITIZER_SECONDS = 300  # it slows kernels down by any factor: what there was time for is worth having
-_TEST_SECONDS = "240"  # one that compiles a hundred kernels takes one or two minutes
+_TEST_SECONDS = "240"  # one that hangs is not to take the time of all
 _ENDED = re.compile(r" in \d+\.\d+s")  # pytest's last line
 
 
@@ -29,7 +30,7 @@ def tests(out: Path) -> str:
     """Run them, in several processes where pytest-xdist is; the log is ``tests.log``, and its last line the result."""
     words = list(TESTS)
     if importlib.util.find_spec("xdist"):  # a thousand kernels are to be compiled
-        words += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]
+        words += ["-n", str(PROCESSES)]
     if importlib.util.find_spec("pytest_timeout"):
         words += ["--timeout", _TEST_SECONDS]
     return _pytest(words, out / "tests.log")

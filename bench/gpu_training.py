@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import ROOT, about
+from bench.gpu import about
+from bench.gpu_checks import ROOT
 from gatedkernels.training.run_folder import RunFolder, write_json
 
 # The paper's schedule, but that the bound is released in proportion to a shorter run, and that so short a run comes to

@@ -153,7 +153,7 @@ def view_loader(data: Data, config: RunConfig) -> Iterable[tuple[Tensor, ...]]:
 def _batch_views(
     data: Data, config: RunConfig, labelled: bool, options: Mapping[str, float]
 ) -> Iterable[tuple[Tensor, ...]]:
-    from gatedkernels.training.batch_views import BATCH_VIEWS, LARGEST_IMAGE, BatchViews  # a second of kornia's
+    from gatedkernels.training.batch_views import BATCH_VIEWS, LARGEST_IMAGE, BatchViews  # and kornia, for this alone
 
     side, most = max(data.train[0].shape[1:]), LARGEST_IMAGE * config.image_size
     if side > most:

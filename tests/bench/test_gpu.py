@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import gpu, gpu_cases, gpu_slimmable
+from bench import gpu, gpu_cases, gpu_checks, gpu_slimmable
 from bench.gpu_time import measure
 from bench.gpu_trials import Network, Way, network_ways
 from gatedkernels import tuning
@@ -95,7 +95,10 @@ def test_parts_write_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_lost_device_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The rest is measured in a new process, behind what there is."""
-    ways = lambda case, place: iter([Way(f"way {case}", False, [lambda: None])])  # noqa: E731
+
+    def ways(case: gpu_cases.GpuBlock, place: str):
+        yield Way(f"way {case}", False, [lambda: None])
+
     cases = [gpu_cases.GpuBlock(size, 3, 2, 0.5, "independent", "float32") for size in (16, 32, 64)]
     monkeypatch.setitem(gpu.PARTS, "blocks", gpu.Blocks("blocks", cases, ways))
     monkeypatch.setitem(gpu.PARTS, "small", gpu.Blocks("small", cases[:1], ways))
@@ -119,25 +122,27 @@ def test_a_lost_device_costs_one_case(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(started) == 1
 
 
-def test_a_part_that_cannot_be_taken_up_again_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_part_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu, "is_lost", lambda: True)
     started = []
     monkeypatch.setattr(gpu.subprocess, "call", lambda command, cwd: started.append(command) or 0)
     assert gpu.main(["ceilings", "cudnn", "--small", "--out", str(tmp_path)]) == 0
-    assert started[0][3:] == ["--out", str(tmp_path), "--first", "0", "--small", "cudnn"]
-    assert [row.way for row in gpu.stored(tmp_path)] == ["copy, memory", "the rest"]
-    assert gpu.main(["cudnn", "--small", "--out", str(tmp_path)]) == 1 and len(started) == 1
+    assert started[0][3:] == ["--out", str(tmp_path), "--first", "1", "--small", "ceilings", "cudnn"]
+    monkeypatch.setattr(gpu, "is_lost", lambda: False)
+    assert gpu.main(started[0][3:]) == 0
+    whole = [row.way for part in ("ceilings", "cudnn") for rows in gpu.PARTS[part](tmp_path, True, 0) for row in rows]
+    assert [row.way for row in gpu.stored(tmp_path)] == whole
 
 
 def test_tuning_is_kept_with_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Where it can be measured; here, why it cannot."""
     monkeypatch.setenv("GATEDKERNELS_CACHE", "elsewhere")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (rows,) = gpu.run_tuning(tmp_path, small=True)
+    (rows,) = gpu.run_tuning(tmp_path, small=True, first=0)
     assert [row.note for row in rows] == ["RuntimeError: tune measures on a CUDA device, and PyTorch finds none"]
     assert gpu.os.environ["GATEDKERNELS_CACHE"] == "elsewhere"
     monkeypatch.setattr(tuning, "tune", lambda model, x: [tuning.Tuned("shape", ((16,), 1, 0), 0.5, 1.0, 9, 0)])
-    (rows,) = gpu.run_tuning(tmp_path, small=True)
+    (rows,) = gpu.run_tuning(tmp_path, small=True, first=0)
     assert [(row.ms, row.speedup) for row in rows] == [([0.5] * 3, 2.0)]
 
 
@@ -211,4 +216,4 @@ def test_the_clock_counts_every_call(monkeypatch: pytest.MonkeyPatch):
 def test_it_needs_nothing_that_trains_or_draws():
     absent = ("lightning", "sklearn", "torchvision", "torchmetrics", "safetensors", "kornia", "PIL", "matplotlib")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import bench.gpu"
-    subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=gpu_checks.ROOT, check=True)

@@ -48,13 +48,13 @@ def lists_of(x: Tensor, own: tuple[Tensor, ...], group: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_it_decides_as_float64_does(size: tuple[int, ...], dtype: torch.dtype):
-    """But for logits so near the threshold that rounding decides."""
+    """But for logits so near the threshold that rounding decides, of which the CPU draws none."""
     n, c, hidden, decisions, group, h, w = size
     x, own = torch.randn(n, c, h, w, device=DEVICE).to(dtype), layers(c, hidden, decisions, dtype)
     logits = gate_logits(x.double(), *(layer.double() for layer in own))
     clear = logits.abs() > 1e-5 * logits.abs().amax() if n else torch.ones_like(logits, dtype=torch.bool)
     assert torch.equal(lists_of(x, own, group)[clear], (logits >= 0)[clear])
-    assert clear.sum() >= 0.99 * clear.numel()
+    assert clear.sum() >= (1 if INTERPRETED else 0.99) * clear.numel()
 
 
 @pytest.mark.parametrize("bias", [-1e4, 1e4])
